@@ -1,0 +1,230 @@
+"""The schema of a run: frozen dataclasses, and the ml-collections ConfigDict that recipes edit.
+
+The dataclasses below are the one place that names a field, its type, its default and its unit. `base()` turns them
+into a locked, typed `ConfigDict` for recipes and for `--config.section.field=value`; `resolve()` turns an edited
+ConfigDict back into a checked `Config`. Everything after the command line sees only `Config`.
+"""
+
+import dataclasses
+import math
+import re
+import typing
+from typing import Any
+
+ARCHITECTURES = ("llama", "tnl", "hgrn2", "cosformer2", "hybrid")
+
+
+class ConfigError(ValueError):
+    """A value the user gave that cannot work. The message is one sentence; the command line exits with code 2."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Model:
+    """Sizes and the choices the paper leaves open. Sizes of the paper: linscale/models/sizes.py."""
+
+    arch: str = "tnl"  # llama | tnl | hgrn2 | cosformer2 | hybrid
+    layers: int = 2
+    width: int = 64  # d
+    heads: int = 4  # h; head dim = d / h
+    ffn: int = 192  # g, inner width of the gated linear unit
+    vocab_size: int = 264  # tied input and output embedding; at least the tokenizer's
+    dtype: str = "auto"  # auto | float32 | bfloat16: compute; auto is float32 on CPU, bfloat16 elsewhere
+    remat: str = "none"  # none | full | dots: what the backward pass recomputes
+    unroll: int = 1  # layers per step of the scan over layers
+    attention: str = "auto"  # auto | scan | chunked | pallas_tpu | pallas_gpu: linear attention implementation
+    init_std: float = 0.02  # normal initialisation of matrices and embedding
+    tnl_decay: str = "alibi"  # alibi (released code) | exponential (TNL paper, eq. 10)
+    value_activation: str = "none"  # none (paper) | silu (2024 TNL code): on v of tnl and cosformer2
+    hgrn2_query_activation: str = "silu"  # silu (released code) | none (paper's printed equation)
+    rope_base: float = 10_000.0
+    softmax_every: int = 8  # hybrid only: each n-th layer is softmax attention, the others are TNL
+
+
+@dataclasses.dataclass(frozen=True)
+class Data:
+    """Where tokens come from. Tokenised once into a cache; see linscale/data."""
+
+    source: str = "stdlib"  # stdlib | text | jsonl | parquet | tfds
+    path: str = ""  # glob for text, jsonl, parquet; data set name (name/config:version) for tfds
+    heldout_path: str = ""  # like path; empty: a fixed share of the documents is held out
+    heldout_share: float = 0.02  # of the documents, chosen by a hash of their order; used if heldout_path is empty
+    split: str = "train"  # tfds only
+    heldout_split: str = ""  # tfds only; empty: heldout_share of split
+    data_dir: str = ""  # tfds only: where the array_record files lie; empty is the library's default
+    text_field: str = "text"  # jsonl, parquet, tfds
+    separator: str = ""  # text only: splits a file into documents; empty: one document a file. "\\0" is NUL
+    tokenizer: str = "bytes"  # bytes | bpe:ENTRIES | hf:FILE | sentencepiece:FILE | tiktoken:NAME-or-FILE
+    cache: str = ""  # folder of tokenised corpora; empty: LINSCALE_CACHE or ~/.cache/linscale
+    max_tokens: int = 0  # stop tokenising after this many training tokens; 0: all
+    heldout_tokens: int = 65_536  # size of the fixed held-out set, in whole documents
+    workers: int = 0  # grain worker processes
+
+
+@dataclasses.dataclass(frozen=True)
+class Train:
+    tokens: int = 500_000  # to train on; rounded up to whole steps; ignored if steps is set
+    steps: int = 0  # optimizer steps; 0: from tokens
+    batch: int = 8  # sequences a step, over all hosts
+    sequence: int = 256  # tokens a sequence
+    accumulation: int = 1  # micro-batches a step; divides batch
+    log_every: int = 10  # steps
+    eval_count: int = 8  # held-out evaluations of a run, spaced evenly in log(step); the last is at the end
+    checkpoint_every: int = 200  # steps
+    checkpoint_keep: int = 2  # newest checkpoints kept
+
+
+@dataclasses.dataclass(frozen=True)
+class Optimizer:
+    """Adam with decoupled weight decay, as the paper: 3e-4, constant after the warm-up, decay 0.1, clip 1.0."""
+
+    learning_rate: float = 3e-4
+    schedule: str = "constant"  # constant | cosine | wsd (warm-up, stable, decay)
+    warmup_tokens: int = 20_000
+    decay_share: float = 0.2  # wsd: share of the steps in the final linear decay
+    final_share: float = 0.1  # cosine, wsd: final learning rate over the peak
+    beta1: float = 0.9
+    beta2: float = 0.95
+    eps: float = 1e-8
+    weight_decay: float = 0.1  # on matrices and embedding
+    clip: float = 1.0  # global norm of the gradient
+
+
+@dataclasses.dataclass(frozen=True)
+class Log:
+    tensorboard: bool = True
+    wandb_project: str = ""  # empty: off
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    name: str = "run"  # folder of the run inside output
+    output: str = "runs"  # folder of runs
+    seed: int = 0
+    model: Model = Model()
+    data: Data = Data()
+    train: Train = Train()
+    optimizer: Optimizer = Optimizer()
+    log: Log = Log()
+
+    @property
+    def tokens_per_step(self) -> int:
+        return self.train.batch * self.train.sequence
+
+    @property
+    def steps(self) -> int:
+        return self.train.steps or math.ceil(self.train.tokens / self.tokens_per_step)
+
+
+def base():
+    """All fields with their defaults, as a locked `ml_collections.ConfigDict` for a recipe to edit."""
+    import ml_collections
+
+    return ml_collections.ConfigDict(dataclasses.asdict(Config())).lock()
+
+
+def resolve(config: Any) -> Config:
+    """ConfigDict or dict -> checked Config. Raises ConfigError: unknown field, wrong type, value that cannot work."""
+    tree = config.to_dict() if hasattr(config, "to_dict") else dict(config)
+    resolved = _build(Config, tree, "")
+    _check(resolved)
+    return resolved
+
+
+def _build(cls, tree: dict, prefix: str):
+    fields = {f.name: f for f in dataclasses.fields(cls)}
+    if unknown := sorted(set(tree) - set(fields)):
+        raise ConfigError(
+            f"config.{prefix}{unknown[0]} is not a field; {prefix or 'the top level '}has {', '.join(fields)}."
+        )
+    hints = typing.get_type_hints(cls)
+    values = {}
+    for name, value in tree.items():
+        kind, where = hints[name], f"config.{prefix}{name}"
+        if dataclasses.is_dataclass(kind):
+            values[name] = _build(kind, dict(value), f"{prefix}{name}.")
+            continue
+        if kind is float and type(value) is int:
+            value = float(value)
+        if type(value) is not kind:
+            raise ConfigError(f"{where} is {value!r}, a {type(value).__name__}; it must be a {kind.__name__}.")
+        values[name] = value
+    return cls(**values)
+
+
+def _check(c: Config) -> None:
+    def one_of(where, value, allowed):
+        if value not in allowed:
+            raise ConfigError(f"config.{where} is {value!r}; it must be one of {', '.join(map(repr, allowed))}.")
+
+    def at_least(where, value, low):
+        if not (math.isfinite(value) and value >= low):
+            raise ConfigError(f"config.{where} is {value}; it must be at least {low}.")
+
+    def within(where, value, low, high):
+        if not low <= value <= high:
+            raise ConfigError(f"config.{where} is {value}; it must lie between {low} and {high}.")
+
+    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", c.name):
+        raise ConfigError(
+            f"config.name is {c.name!r}; it must be letters, digits, '.', '_' and '-', starting with a letter or digit."
+        )
+    if not c.output:
+        raise ConfigError("config.output is empty; it must name a folder.")
+    within("seed", c.seed, 0, 2**31 - 1)
+    m, d, t, o = c.model, c.data, c.train, c.optimizer
+    one_of("model.arch", m.arch, ARCHITECTURES)
+    one_of("model.dtype", m.dtype, ("auto", "float32", "bfloat16"))
+    one_of("model.remat", m.remat, ("none", "full", "dots"))
+    one_of("model.attention", m.attention, ("auto", "scan", "chunked", "pallas_tpu", "pallas_gpu"))
+    one_of("model.tnl_decay", m.tnl_decay, ("alibi", "exponential"))
+    one_of("model.value_activation", m.value_activation, ("none", "silu"))
+    one_of("model.hgrn2_query_activation", m.hgrn2_query_activation, ("none", "silu"))
+    for field in ("layers", "width", "heads", "ffn", "vocab_size", "unroll"):
+        at_least(f"model.{field}", getattr(m, field), 1)
+    at_least("model.init_std", m.init_std, 0)
+    at_least("model.softmax_every", m.softmax_every, 2)
+    if m.width % m.heads:
+        raise ConfigError(
+            f"config.model.heads is {m.heads}, which does not divide config.model.width {m.width}; choose a divisor of it."
+        )
+    if m.arch in ("llama", "hybrid") and (m.width // m.heads) % 2:
+        raise ConfigError(
+            f"config.model.heads is {m.heads}, a head dim of {m.width // m.heads}; rotary embedding needs an even head dim."
+        )
+
+    one_of("data.source", d.source, ("stdlib", "text", "jsonl", "parquet", "tfds"))
+    if d.source != "stdlib" and not d.path:
+        raise ConfigError(
+            f"config.data.path is empty; config.data.source={d.source!r} needs a file pattern or data set name."
+        )
+    if not re.fullmatch(r"bytes|bpe:[0-9]+|(hf|sentencepiece|tiktoken):.+", d.tokenizer):
+        raise ConfigError(
+            f"config.data.tokenizer is {d.tokenizer!r}; it must be bytes, bpe:ENTRIES, hf:FILE, sentencepiece:FILE or tiktoken:NAME."
+        )
+    within("data.heldout_share", d.heldout_share, 0.0, 0.5)
+    for field in ("max_tokens", "workers"):
+        at_least(f"data.{field}", getattr(d, field), 0)
+    at_least("data.heldout_tokens", d.heldout_tokens, 1)
+
+    for field in (
+        "batch",
+        "sequence",
+        "accumulation",
+        "log_every",
+        "eval_count",
+        "checkpoint_every",
+        "checkpoint_keep",
+    ):
+        at_least(f"train.{field}", getattr(t, field), 1)
+    at_least("train.steps", t.steps, 0)
+    at_least("train.tokens", t.tokens, 0 if t.steps else 1)
+    if t.batch % t.accumulation:
+        raise ConfigError(
+            f"config.train.accumulation is {t.accumulation}, which does not divide config.train.batch {t.batch}."
+        )
+
+    one_of("optimizer.schedule", o.schedule, ("constant", "cosine", "wsd"))
+    for field in ("learning_rate", "eps", "weight_decay", "clip", "warmup_tokens"):
+        at_least(f"optimizer.{field}", getattr(o, field), 0)
+    for field in ("beta1", "beta2", "decay_share", "final_share"):
+        within(f"optimizer.{field}", getattr(o, field), 0.0, 1.0)
