@@ -1,0 +1,138 @@
+"""Linear attention with optional decay or phase: one public function for every architecture, and its decoding step.
+
+Letters: B batch, T tokens, H heads, K key channels of a head, V value channels of a head.
+"""
+
+import functools
+import logging
+
+import jax
+import jax.numpy as jnp
+
+from linscale.kernels.linear_attention import chunked, reference
+
+_IMPLEMENTATIONS = {"scan": reference.scan, "chunked": chunked.chunked}
+_RESERVED = ("pallas_tpu", "pallas_gpu")  # their kernels are not written yet
+
+_log = logging.getLogger("linscale.kernels")
+
+
+def linear_attention(
+    q: jax.Array,
+    k: jax.Array | None,
+    v: jax.Array,
+    *,
+    log_decay: jax.Array | None = None,
+    phase: jax.Array | None = None,
+    initial_state: jax.Array | None = None,
+    segment_ids: jax.Array | None = None,
+    implementation: str | None = None,
+) -> tuple[jax.Array, jax.Array]:
+    r"""Causal linear attention: S_t = diag(a_t) S_{t-1} + k_t v_t^T and o_t = S_t^T q_t, without scaling of q k.
+
+    The operator of all three linear models of arXiv 2406.16690 (appendix A.1): cosFormer2 (`phase`), TNL (`log_decay`
+    [H]) and HGRN2 (`log_decay` [B,T,H,K]). Differentiable in all array arguments but `segment_ids`, by reverse mode.
+
+    Args:
+      q: [B,T,H,K] float32 or bfloat16 (float64 with x64 enabled), T >= 1.
+      k: [B,T,H,K], the dtype of q; or None with a vector decay: then k = 1 - exp(log_decay), HGRN2's tied key.
+      v: [B,T,H,V], the dtype of q.
+      log_decay: log a_t, each <= 0. None: no decay. [H]: one constant per head (TNL). [B,T,H,K]: one per token and
+        channel (HGRN2); any value down to -inf is exact. Values above zero are not checked and are undefined.
+      phase: [H,K], theta in radians a token: q_t and k_s meet as sum_c q_tc k_sc cos((t-s) theta_c), cosFormer2's
+        per-channel cosine reweighting. Not together with log_decay.
+      initial_state: [B,H,K,V] float32, the state before the first token; [B,H,2K,V] with phase (see below). None: 0.
+      segment_ids: [B,T] integers. A new document starts wherever the id differs from the token before; the state is
+        reset there. The first document of a row continues `initial_state`.
+      implementation: None picks the best available; "scan" (one token at a time, the reference) or "chunked"
+        (matrix products over chunks in XLA, any device) forces one.
+
+    Returns:
+      out [B,T,H,V] in the dtype of v, and the state after the last token, float32. With phase the state is
+      [B,H,2K,V]: rows [:K] hold sum_s cos((t-s) theta) k_s v_s^T and rows [K:] the same with sin, t being the last
+      token, so that no position need be remembered.
+
+    Raises:
+      ValueError: shapes or dtypes that do not fit, phase with log_decay, an implementation that cannot serve.
+    """
+    _check(q, k, v, log_decay, phase, initial_state, segment_ids)
+    name = implementation or "chunked"
+    if name not in _IMPLEMENTATIONS:
+        known = ", ".join(repr(n) for n in _IMPLEMENTATIONS)
+        what = "not available in this version" if name in _RESERVED else "unknown"
+        raise ValueError(f"implementation={name!r} is {what}; it must be None or one of {known}.")
+    _announce(name, "phase" if phase is not None else _decay_kind(log_decay))
+    return _IMPLEMENTATIONS[name](q, k, v, log_decay, phase, initial_state, segment_ids)
+
+
+def linear_attention_step(
+    q: jax.Array,
+    k: jax.Array | None,
+    v: jax.Array,
+    state: jax.Array,
+    *,
+    log_decay: jax.Array | None = None,
+    phase: jax.Array | None = None,
+) -> tuple[jax.Array, jax.Array]:
+    """One token of `linear_attention`, for decoding.
+
+    Args:
+      q, k: [B,H,K]; k may be None with a vector decay. v: [B,H,V].
+      state: [B,H,K,V] float32, or [B,H,2K,V] with phase, as `linear_attention` returns it.
+      log_decay: None, [H] or [B,H,K]. phase: None or [H,K].
+
+    Returns:
+      out [B,H,V] in the dtype of v, and the new state.
+
+    Raises:
+      ValueError: shapes or dtypes that do not fit.
+    """
+    one_token = [None if x is None else x[:, None] for x in (q, k, v)]
+    decay = log_decay[:, None] if log_decay is not None and log_decay.ndim == 3 else log_decay
+    _check(*one_token, decay, phase, state, None)
+    return reference.step(q, k, v, state, log_decay, phase)
+
+
+def _decay_kind(log_decay) -> str:
+    return "no decay" if log_decay is None else "scalar decay" if log_decay.ndim == 1 else "vector decay"
+
+
+@functools.cache
+def _announce(name: str, kind: str) -> None:
+    _log.info("linear attention, %s: implementation %r on %s", kind, name, jax.default_backend())
+
+
+def _check(q, k, v, log_decay, phase, initial_state, segment_ids) -> None:
+    def expect(name, x, shape, dtype=None):
+        if tuple(x.shape) != shape:
+            raise ValueError(f"{name} has shape {tuple(x.shape)}; it must be {shape}.")
+        if dtype is not None and x.dtype != dtype:
+            raise ValueError(f"{name} has dtype {x.dtype}; it must be {dtype}.")
+
+    if q.ndim != 4 or v.ndim != 4:
+        raise ValueError(
+            f"q and v have {q.ndim} and {v.ndim} dimensions; they must be [batch, tokens, heads, channels]."
+        )
+    batch, tokens, heads, channels = q.shape
+    if tokens < 1:
+        raise ValueError("q has 0 tokens; it must have at least 1.")
+    if q.dtype not in (jnp.float32, jnp.bfloat16, jnp.float64):
+        raise ValueError(f"q has dtype {q.dtype}; it must be float32, bfloat16 or float64.")
+    expect("v", v, (batch, tokens, heads, v.shape[-1]), q.dtype)
+    if k is not None:
+        expect("k", k, q.shape, q.dtype)
+    elif log_decay is None or log_decay.ndim != 4:
+        raise ValueError(
+            "k is None, which stands for 1 - exp(log_decay) and needs a log_decay [batch, tokens, heads, K]."
+        )
+    if log_decay is not None:
+        if phase is not None:
+            raise ValueError("phase and log_decay are both given; give one of them.")
+        expect("log_decay", log_decay, (heads,) if log_decay.ndim == 1 else q.shape)
+    if phase is not None:
+        expect("phase", phase, (heads, channels))
+    if initial_state is not None:
+        rows = channels if phase is None else 2 * channels
+        expect("initial_state", initial_state, (batch, heads, rows, v.shape[-1]))
+    if segment_ids is not None:
+        expect("segment_ids", segment_ids, (batch, tokens))
