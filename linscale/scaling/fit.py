@@ -1,0 +1,128 @@
+"""`linscale fit`: the scaling law of every architecture of a ladder, as a table and as JSON."""
+
+import argparse
+import json
+from pathlib import Path
+
+from linscale.config import ConfigError
+from linscale.scaling import laws, paper, runs
+
+LOSS_NAMES = {"heldout": "held-out loss", "train": "smoothed training loss"}
+COMPUTE_NAMES = {
+    "exact": "exact accounting (as counted by the trainer: causal attention, output head)",
+    "paper": "the paper's accounting (full n x n attention, no output head)",
+}
+
+
+def as_json(ladder: runs.Ladder, fits: dict[str, laws.Fit], notes: list[str], options: laws.Options) -> dict:
+    """Everything that a later stage may want of the fits; plain numbers, strings and lists."""
+    by_name = {run.name: run for run in ladder.runs}
+    results = []
+    for arch, fit in fits.items():
+        published = paper.laws(arch)
+        results.append(
+            {
+                "arch": arch,
+                "coefficients": {"a": fit.a, "b": fit.b},
+                "intervals": {"a": list(fit.a_interval), "b": list(fit.b_interval)},
+                "paper": published and {"a": published.loss.coefficient, "b": published.loss.exponent},
+                "n_runs": len(fit.runs),
+                "runs": list(fit.runs),
+                "params_nonembedding": [by_name[name].parameters.nonembedding for name in fit.runs],
+                "rms_log_residual": fit.rms,
+                "draws": fit.draws,
+                "failed_draws": fit.failed,
+                "envelope": {
+                    "compute": fit.compute.tolist(),
+                    "loss": fit.envelope.tolist(),
+                    "run": list(fit.best),
+                    "law_low": fit.band[0].tolist(),
+                    "law_high": fit.band[1].tolist(),
+                },
+            }
+        )
+    return {
+        "form": "L(C) = a C^b",
+        "method": "lower envelope of training curves, least squares in logarithms, bootstrap over runs",
+        "loss": {"kind": options.loss, "unit": "nats per token"},
+        "compute": {"accounting": options.compute, "unit": "PFLOP/s-days"},
+        "parameters": "non-embedding, exact",
+        "seed": options.seed,
+        "fits": results,
+        "warnings": notes,
+    }
+
+
+def text(ladder: runs.Ladder, fits: dict[str, laws.Fit], notes: list[str], options: laws.Options) -> str:
+    by_name = {run.name: run for run in ladder.runs}
+    lines = [
+        f"L(C) = a C^b on the lower envelope of the {LOSS_NAMES[options.loss]}, nats per token.",
+        f"C in PFLOP/s-days, {COMPUTE_NAMES[options.compute]}. N is non-embedding parameters.",
+        f"Intervals: 95 %, {options.resamples} draws of the runs with replacement, seed {options.seed}.",
+        "",
+        f"{'arch':<10}  {'runs':>4}  {'N':>13}  {'C':>17}  {'a':>8}  {'95 %':>18}  {'b':>8}  {'95 %':>18}"
+        f"  {'paper a':>8}  {'paper b':>8}",
+    ]
+    lines.append("-" * len(lines[-1]))
+    for arch, fit in fits.items():
+        sizes = [by_name[name].parameters.nonembedding for name in fit.runs]
+        published = paper.laws(arch)
+        theirs = (f"{published.loss.coefficient:.4f}", f"{published.loss.exponent:.4f}") if published else ("", "")
+        lines.append(
+            f"{arch:<10}  {len(fit.runs):>4}  {short(min(sizes)) + ' - ' + short(max(sizes)):>13}  "
+            f"{f'{fit.compute[0]:.1e} - {fit.compute[-1]:.1e}':>17}  {fit.a:>8.4f}  "
+            f"{interval(fit.a_interval):>18}  {fit.b:>8.4f}  {interval(fit.b_interval):>18}"
+            f"  {theirs[0]:>8}  {theirs[1]:>8}"
+        )
+    lines += ["", "The paper's a is per token of its own tokenizer and corpus; compare b rather than a."]
+    if failed := {arch: fit.failed for arch, fit in fits.items() if fit.failed}:
+        lines.append("Draws that could not be fitted: " + ", ".join(f"{arch} {n}" for arch, n in failed.items()) + ".")
+    return "\n".join(lines + [f"Note: {note}" for note in notes])
+
+
+def interval(bounds: tuple[float, float]) -> str:
+    return f"[{bounds[0]:.4f}, {bounds[1]:.4f}]"
+
+
+def short(number: float) -> str:
+    """61234 -> '61.2k', 2.1e9 -> '2.1B'."""
+    for size, letter in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "k")):
+        if number >= size:
+            return f"{number / size:.3g}{letter}"
+    return f"{number:.3g}"
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """The choices that change a fit; the report has the same."""
+    parser.add_argument("--loss", choices=laws.LOSSES, default="heldout", help="which loss to fit (heldout)")
+    parser.add_argument("--compute", choices=runs.ACCOUNTINGS, default="exact", help="how FLOPs are counted (exact)")
+    parser.add_argument("--resamples", type=int, default=1000, help="bootstrap draws (1000)")
+    parser.add_argument("--seed", type=int, default=0, help="of the bootstrap (0)")
+
+
+def chosen(options: argparse.Namespace) -> laws.Options:
+    if options.resamples < 1:
+        raise ConfigError(f"--resamples is {options.resamples}; it must be at least 1.")
+    if options.seed < 0:
+        raise ConfigError(f"--seed is {options.seed}; it must be at least 0.")
+    return laws.Options(options.loss, options.compute, options.resamples, options.seed)
+
+
+def main(argv: list[str]) -> int:
+    """Prints the table; writes --json. Raises ConfigError if no architecture has two finished runs."""
+    parser = argparse.ArgumentParser(prog="linscale fit", description="Fit L(C) = a C^b to every architecture's runs.")
+    parser.add_argument("folder", nargs="+", help="output folder of a ladder, or run directories")
+    parser.add_argument("--json", metavar="FILE", help="also write the fits to FILE")
+    add_options(parser)
+    arguments = parser.parse_args(argv)
+    options = chosen(arguments)
+    ladder = runs.read(arguments.folder)
+    fits, notes = laws.fit_ladder(ladder, options)
+    print(text(ladder, fits, notes, options))
+    if arguments.json:
+        content = json.dumps(as_json(ladder, fits, notes, options), indent=1)
+        try:
+            Path(arguments.json).write_text(content + "\n", encoding="utf-8")
+        except OSError as error:
+            raise ConfigError(f"--json {arguments.json} cannot be written: {error.strerror}.") from error
+    return 0

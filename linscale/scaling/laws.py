@@ -1,0 +1,235 @@
+"""The law L(C) = a C^b of an architecture, from the lower envelope of its training curves, with intervals.
+
+Approach 1 of Hoffmann et al. (arXiv 2203.15556), as in the paper; what the paper leaves unsaid is fixed here:
+
+1. **Curves.** Held-out loss (default) or training loss of each finished run against compute C in PFLOP/s-days. Points
+   up to twice the warm-up are left out, and so is the first SKIP_SHARE of a run's tokens: there a model is learning
+   what every model learns, and the loss says nothing of its size.
+2. **Bins.** C is cut into BINS_PER_DECADE bins a decade; a bin's loss is the run's curve at the centre of the bin.
+   Held-out loss: linear interpolation of log L in log C. Training loss is noisy, and a minimum of noisy values is too
+   low: it is smoothed by a local straight line of log L in log C with Gaussian weights of sd SMOOTHING decades.
+   No extrapolation: a run speaks only for the bins it has passed through.
+3. **Envelope.** The least loss of any run in each bin, from the compute at which a second run begins to speak (or the
+   first ends, if that is earlier): before, a smaller model than any that was trained would be better, and the only
+   run's loss is too high for its compute, which would make b too steep.
+4. **Law.** Least squares of log L on log C over the bins, each bin with equal weight. No irreducible loss.
+5. **Intervals.** The runs of the architecture are drawn again with replacement, and 3 and 4 repeated. A draw whose
+   envelope has fewer than MIN_BINS bins cannot be fitted; it is counted as failed and left out. Percentiles 2.5 and
+   97.5 of the others. With n runs there are few different draws, so that the intervals of few runs are rather too
+   narrow; they say nothing of another seed, another corpus, or another form of the law.
+
+Curve i of R runs, bin g of G, draw s of S.
+"""
+
+import dataclasses
+
+import numpy as np
+
+from linscale.config import ConfigError
+from linscale.scaling import runs as runs_
+
+BINS_PER_DECADE = 10
+SKIP_SHARE = 0.1  # of a run's tokens
+SMOOTHING = 0.05  # decades of compute
+MIN_BINS = 4
+MIN_RUNS = 2
+LOSSES = ("heldout", "train")
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    loss: str = "heldout"  # heldout | train
+    compute: str = "exact"  # exact | paper
+    resamples: int = 1000
+    seed: int = 0
+
+
+@dataclasses.dataclass(frozen=True)
+class Fit:
+    """L = a C^b, C in PFLOP/s-days, L in nats per token. Arrays over the G bins that the envelope covers."""
+
+    arch: str
+    a: float
+    b: float
+    a_interval: tuple[float, float]  # 95 %
+    b_interval: tuple[float, float]
+    compute: np.ndarray  # [G] bin centres, PFLOP/s-days
+    envelope: np.ndarray  # [G] nats per token
+    best: tuple[str, ...]  # [G] the run on the envelope
+    band: np.ndarray  # [2, G] 95 % of the law's loss
+    rms: float  # of log L about the law; 0.01 is 1 % of the loss
+    runs: tuple[str, ...]  # fitted
+    draws: int
+    failed: int  # draws that could not be fitted
+
+    def __call__(self, compute):
+        return self.a * compute**self.b
+
+
+def fit_ladder(ladder: runs_.Ladder, options: Options = Options()) -> tuple[dict[str, Fit], list[str]]:
+    """Fits by architecture, in the order of config.ARCHITECTURES, and sentences on what the reader must know.
+
+    Raises ConfigError if no architecture can be fitted.
+    """
+    from linscale.config import ARCHITECTURES
+
+    fits, notes = {}, _notes(ladder)
+    for arch in ARCHITECTURES:
+        group = [run for run in ladder.runs if run.arch == arch]
+        finished = [run for run in group if run.finished]
+        if not group:
+            continue
+        if len(finished) < MIN_RUNS:
+            notes.append(
+                f"{arch} has {len(finished)} finished of {len(group)} runs; a law needs at least {MIN_RUNS}, so it has none."
+            )
+            continue
+        try:
+            fits[arch] = fit_runs(finished, options)
+        except ConfigError as error:
+            notes.append(str(error))
+            continue
+        if len(finished) < 4:
+            notes.append(f"{arch} has only {len(finished)} finished runs: its intervals are too narrow to be trusted.")
+    if not fits:
+        raise ConfigError("No architecture can be fitted. " + " ".join(notes))
+    return fits, notes
+
+
+def fit_runs(group: list[runs_.Run], options: Options = Options()) -> Fit:
+    """The law of the finished runs of one architecture. Raises ConfigError if their curves are too short."""
+    grid_G, loss_RG = curves_in_bins(group, options)
+    everyone = np.ones((1, len(group)), bool)
+    covered_G = np.isfinite(envelopes(loss_RG, everyone)[0])
+    if covered_G.sum() < MIN_BINS:
+        raise ConfigError(
+            f"{group[0].arch} cannot be fitted: the envelope of its {options.loss} curves has {covered_G.sum()} bins of "
+            f"{1 / BINS_PER_DECADE:g} decade of compute; {MIN_BINS} are needed, so train longer or evaluate more often."
+        )
+    grid_G, loss_RG = grid_G[covered_G], loss_RG[:, covered_G]
+    envelope_G = envelopes(loss_RG, everyone)[0]
+    (intercept,), (b,) = least_squares(grid_G, envelope_G[None])
+
+    draw = np.random.default_rng(options.seed).integers(0, len(group), (options.resamples, len(group)))
+    chosen_SR = np.zeros(draw.shape, bool)
+    np.put_along_axis(chosen_SR, draw, True, axis=1)  # a minimum does not care how often a run is drawn
+    intercept_S, b_S = least_squares(grid_G, envelopes(loss_RG, chosen_SR))
+    good_S = np.isfinite(b_S)
+    intercept_S, b_S = intercept_S[good_S], b_S[good_S]
+
+    def interval(values):
+        if not len(values):
+            return np.full((2, *values.shape[1:]), np.nan)
+        return np.percentile(values, [2.5, 97.5], axis=0)
+
+    return Fit(
+        arch=group[0].arch,
+        a=float(10**intercept),
+        b=float(b),
+        a_interval=tuple(map(float, 10 ** interval(intercept_S))),
+        b_interval=tuple(map(float, interval(b_S))),
+        compute=10**grid_G,
+        envelope=10**envelope_G,
+        best=tuple(group[i].name for i in np.argmin(loss_RG, axis=0)),
+        band=10 ** interval(intercept_S[:, None] + b_S[:, None] * grid_G),
+        rms=float(np.sqrt(np.mean((envelope_G - intercept - b * grid_G) ** 2)) * np.log(10)),
+        runs=tuple(run.name for run in group),
+        draws=options.resamples,
+        failed=int((~good_S).sum()),
+    )
+
+
+def curves_in_bins(group: list[runs_.Run], options: Options) -> tuple[np.ndarray, np.ndarray]:
+    """log10 of the bin centres [G] and of every run's loss there [R, G], inf where a run does not speak."""
+    curves = [usable_curve(run, options) for run in group]
+    ends = [x for log_compute, _, start in curves if len(log_compute) for x in (start, log_compute[-1])]
+    if not ends:
+        return np.empty(0), np.empty((len(group), 0))
+    # Centres are multiples of the bin width, so that all architectures share them.
+    first, last = np.floor(min(ends) * BINS_PER_DECADE), np.ceil(max(ends) * BINS_PER_DECADE)
+    grid_G = np.arange(first, last + 1) / BINS_PER_DECADE
+    loss_RG = np.full((len(group), len(grid_G)), np.inf)
+    for row_G, (log_compute, log_loss, start) in zip(loss_RG, curves):
+        if len(log_compute) < 2:
+            continue
+        inside_G = (grid_G >= start) & (grid_G <= log_compute[-1])
+        if options.loss == "heldout":
+            row_G[inside_G] = np.interp(grid_G[inside_G], log_compute, log_loss)
+        else:
+            row_G[inside_G] = local_line(grid_G[inside_G], log_compute, log_loss)
+    return grid_G, loss_RG
+
+
+def usable_curve(run: runs_.Run, options: Options) -> tuple[np.ndarray, np.ndarray, float]:
+    """log10 C and log10 L after the warm-up, and the log10 C from which the run speaks (rule 1 above)."""
+    curve = run.heldout if options.loss == "heldout" else run.train
+    compute = runs_.compute(run, curve, options.compute)
+    after = curve.tokens > 2 * run.config.optimizer.warmup_tokens
+    log_compute, log_loss = np.log10(compute[after]), np.log10(curve.loss[after])
+    if not len(log_compute):
+        return log_compute, log_loss, np.inf
+    start = np.log10(compute[-1] * SKIP_SHARE)  # compute grows in proportion to tokens within a run
+    return log_compute, log_loss, float(max(start, log_compute[0]))
+
+
+def local_line(at: np.ndarray, x: np.ndarray, y: np.ndarray) -> np.ndarray:
+    """y smoothed at `at`: a straight line with Gaussian weights about each place, so that the ends are not biased."""
+    weight = np.exp(-0.5 * ((at[:, None] - x) / SMOOTHING) ** 2)
+    weight /= np.maximum(weight.sum(1, keepdims=True), 1e-300)
+    mean_x, mean_y = weight @ x, weight @ y
+    spread = (weight * (x - mean_x[:, None]) ** 2).sum(1)
+    slope = (weight * (x - mean_x[:, None]) * y).sum(1) / np.maximum(spread, 1e-12)
+    smooth = mean_y + slope * (at - mean_x)
+    # Between points further apart than the window (sparse logs) the line rests on one point: interpolate instead.
+    return np.where(spread > (0.3 * SMOOTHING) ** 2, smooth, np.interp(at, x, y))
+
+
+def envelopes(loss_RG: np.ndarray, chosen_SR: np.ndarray) -> np.ndarray:
+    """[S, G]: the least log loss of the chosen runs in each bin, inf where none of them speaks and before rule 3."""
+    runs, bins = loss_RG.shape
+    out_SG = np.full((len(chosen_SR), bins), np.inf)
+    for chosen_S, row_G in zip(chosen_SR.T, loss_RG):
+        np.minimum(out_SG, np.where(chosen_S[:, None], row_G, np.inf), out=out_SG)
+    speaks_RG = np.isfinite(loss_RG)
+    first_R = np.where(speaks_RG.any(1), speaks_RG.argmax(1), bins)
+    last_R = bins - 1 - speaks_RG[:, ::-1].argmax(1)
+    first_SR = np.where(chosen_SR, first_R, bins)
+    earliest_S = first_SR.argmin(1)
+    second_S = np.partition(first_SR, 1, axis=1)[:, 1] if runs > 1 else np.full(len(out_SG), bins)
+    from_S = np.where(second_S < bins, np.minimum(second_S, last_R[earliest_S]), 0)
+    return np.where(np.arange(bins) >= from_S[:, None], out_SG, np.inf)
+
+
+def least_squares(x_G: np.ndarray, y_SG: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Intercepts and slopes [S] of y on x over each row's finite values; NaN for rows with fewer than MIN_BINS."""
+    weight_SG = np.isfinite(y_SG).astype(np.float64)
+    y_SG = np.where(weight_SG > 0, y_SG, 0.0)
+    n_S = weight_SG.sum(1)
+    enough_S = n_S >= MIN_BINS
+    n_S = np.maximum(n_S, 1)
+    mean_x_S, mean_y_S = (weight_SG * x_G).sum(1) / n_S, y_SG.sum(1) / n_S
+    dx_SG = weight_SG * (x_G - mean_x_S[:, None])
+    slope_S = (dx_SG * y_SG).sum(1) / np.where(enough_S, (dx_SG**2).sum(1), 1.0)
+    slope_S = np.where(enough_S, slope_S, np.nan)
+    return mean_y_S - slope_S * mean_x_S, slope_S
+
+
+def _notes(ladder: runs_.Ladder) -> list[str]:
+    """What makes losses incomparable or a fit doubtful, one sentence each."""
+    notes = []
+    open_ = [run.name for run in ladder.runs if not run.finished] + list(ladder.missing)
+    if open_:
+        notes.append(f"Not finished, so not in the fit: {', '.join(open_)}.")
+    if broken := [run.name for run in ladder.runs if run.unusable]:
+        notes.append(f"Some logged losses are not finite and are left out, in {', '.join(broken)}.")
+    runs = [run for run in ladder.runs if run.finished]
+    if len({run.data.get("tokenizer") for run in runs}) > 1:
+        notes.append("The runs use different tokenizers: their losses per token are not comparable.")
+    if len({run.data.get("fingerprint") for run in runs}) > 1:
+        notes.append("The runs use different data: their losses are not comparable.")
+    if schedules := sorted({run.config.optimizer.schedule for run in runs} - {"constant"}):
+        notes.append(
+            f"The learning rate decays ({', '.join(schedules)}): losses inside a run are higher than those of a shorter "
+            "run would be, so the envelope is too high between the ends of the runs."
+        )
+    return notes
