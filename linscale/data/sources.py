@@ -1,0 +1,278 @@
+"""Documents, one str at a time, from the standard library, text, jsonl and parquet files, and tfds.
+
+`open_source` looks at what there is (names, sizes) and raises ConfigError before any work; `Source.read` then streams.
+Nothing larger than one document (a parquet batch of 256) is held in memory. Bytes that are not UTF-8 become U+FFFD and
+are counted by file in `Invalid`; they never stop a run.
+"""
+
+import bz2
+import dataclasses
+import glob
+import gzip
+import hashlib
+import json
+import lzma
+import os
+import sys
+import sysconfig
+import zlib
+from collections.abc import Callable, Iterator
+
+from linscale.config import ConfigError, Data
+
+SMALL = 32 << 20  # bytes; up to this size files are identified by their content, above it by path, size and time
+_CHUNK = 1 << 20  # bytes read at a time
+_OPENERS = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}
+_NOT_TEXT = (".zst", ".zip", ".7z", ".tar", ".tgz")
+_BROKEN = (OSError, EOFError, zlib.error, lzma.LZMAError)  # what the openers raise on missing or damaged files
+# Tests hold data rather than prose or code, some of it deliberately broken; the others are not the library's own text.
+_STDLIB_SKIP = {"site-packages", "dist-packages", "__pycache__", "test", "tests", "idle_test", "lib-dynload"}
+
+
+@dataclasses.dataclass
+class Invalid:
+    """Documents that are not UTF-8, met in one pass over a source."""
+
+    documents: int = 0
+    names: dict[str, int] = dataclasses.field(default_factory=dict)  # file: number of such documents
+
+    def decode(self, raw: bytes, name: str) -> str:
+        try:
+            return raw.decode()
+        except UnicodeDecodeError:
+            self._count(name)
+            return raw.decode(errors="replace")
+
+    def clean(self, text: str, name: str) -> str:
+        """A str that UTF-8 can hold: JSON may carry lone surrogates."""
+        try:
+            text.encode()
+            return text
+        except UnicodeEncodeError:
+            self._count(name)
+            return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+
+    def _count(self, name: str) -> None:
+        self.documents += 1
+        self.names[name] = self.names.get(name, 0) + 1
+
+
+@dataclasses.dataclass(frozen=True)
+class Source:
+    what: str  # for messages, e.g. "config.data.path='*.txt'"
+    identity: tuple  # JSON-able; equal when the documents are
+    files: tuple[str, ...]
+    read: Callable[[Invalid], Iterator[str]]
+
+    def documents(self, invalid: Invalid | None = None) -> Iterator[str]:
+        """Every document that is not just whitespace, in an order that never changes."""
+        for text in self.read(invalid if invalid is not None else Invalid()):
+            if text and not text.isspace():
+                yield text
+
+
+def open_source(data: Data, heldout: bool = False) -> Source:
+    """The training (or the separate held-out) documents of `data`. Raises ConfigError: nothing there, unreadable."""
+    if data.source == "tfds":
+        return _tfds(data, heldout)
+    if data.source == "stdlib":
+        return _stdlib()
+    field = "config.data.heldout_path" if heldout else "config.data.path"
+    pattern = data.heldout_path if heldout else data.path
+    files = _matches(field, pattern)
+    what = f"{field}={pattern!r}"
+    for path in files:
+        if data.source != "parquet" and path.endswith(_NOT_TEXT):
+            raise ConfigError(
+                f"{what} matches {path!r}, which is an archive; unpack it, or pack it as .gz, .bz2 or .xz."
+            )
+    readers = {
+        "text": lambda path, invalid: _read_text(path, data.separator, invalid),
+        "jsonl": lambda path, invalid: _read_jsonl(path, data.text_field, invalid),
+        "parquet": lambda path, invalid: _read_parquet(path, data.text_field, invalid),
+    }
+
+    def read(invalid: Invalid) -> Iterator[str]:
+        for path in files:
+            yield from _guarded(field, path, readers[data.source](path, invalid))
+
+    settings = (data.separator,) if data.source == "text" else (data.text_field,)
+    return Source(what, (data.source, *settings, _identity(field, files)), files, read)
+
+
+def _guarded(field: str, path: str, documents: Iterator[str]) -> Iterator[str]:
+    """Reading errors as ConfigErrors, so that an OSError further up can only come from writing the cache."""
+    try:
+        yield from documents
+    except _BROKEN as error:
+        raise ConfigError(f"{field} matches {path!r}, which cannot be read: {error}; repair or remove it.") from error
+
+
+def _matches(field: str, pattern: str) -> tuple[str, ...]:
+    pattern = os.path.expanduser(pattern)
+    if os.path.isdir(pattern):
+        raise ConfigError(f"{field} is {pattern!r}, a folder; give a pattern of files such as '{pattern}/**/*'.")
+    files = tuple(sorted(path for path in glob.glob(pattern, recursive=True) if os.path.isfile(path)))
+    if not files and not glob.has_magic(pattern):
+        raise ConfigError(f"{field} is {pattern!r}, which does not exist (from {os.getcwd()}); correct the path.")
+    if not files:
+        raise ConfigError(
+            f"{field} is {pattern!r}, which matches no file (from {os.getcwd()}); correct it ('**' goes into folders)."
+        )
+    return files
+
+
+def _identity(field: str, files: tuple[str, ...]) -> list:
+    """Suffix and content of small corpora, so that a copy or a fresh check-out is the same; stat of large ones."""
+    path = ""
+    try:
+        stats = [os.stat(path := file) for file in files]
+        if sum(stat.st_size for stat in stats) > SMALL:
+            return [[os.path.abspath(file), stat.st_size, stat.st_mtime_ns] for file, stat in zip(files, stats)]
+        digest = hashlib.sha256()
+        for path, stat in zip(files, stats):
+            digest.update(f"{os.path.splitext(path)[1]} {stat.st_size}\n".encode())
+            with open(path, "rb") as file:
+                digest.update(file.read())
+        return ["sha256", len(files), digest.hexdigest()]
+    except OSError as error:
+        raise ConfigError(f"{field} matches {path!r}, which cannot be read: {error.strerror}.") from error
+
+
+def _stdlib() -> Source:
+    """The .py files of the running Python's standard library, without tests and files made when Python was built."""
+    root = sysconfig.get_path("stdlib")
+    found = []
+    for folder, names, files in os.walk(root):
+        names[:] = [name for name in names if name not in _STDLIB_SKIP and not name.startswith("config-")]
+        found += [
+            os.path.join(folder, name)
+            for name in files
+            if name.endswith(".py") and not name.startswith("_sysconfigdata")
+        ]
+    files = tuple(sorted(found, key=lambda path: os.path.relpath(path, root).replace(os.sep, "/")))
+    what = "config.data.source='stdlib'"
+    if not files:
+        raise ConfigError(
+            f"{what} finds no .py file under {root!r}; use config.data.source='text' and a config.data.path."
+        )
+
+    def read(invalid: Invalid) -> Iterator[str]:
+        for path in files:
+            yield from _guarded("config.data.source='stdlib'", path, _read_text(path, "", invalid))
+
+    version = ".".join(map(str, sys.version_info[:3]))
+    return Source(what, ("stdlib", version, _identity(what, files)), files, read)
+
+
+def _open(path: str):
+    return _OPENERS.get(os.path.splitext(path)[1], open)(path, "rb")
+
+
+def _read_text(path: str, separator: str, invalid: Invalid) -> Iterator[str]:
+    # Splitting bytes is splitting text: UTF-8 never hides one character inside another.
+    mark = separator.replace("\\0", "\0").replace("\\n", "\n").encode()
+    with _open(path) as file:
+        if not mark:
+            yield invalid.decode(file.read(), path)
+            return
+        parts, tail = [], b""  # chunks of the open document; bytes of the last chunk that may begin a mark
+        while chunk := file.read(_CHUNK):
+            *whole, rest = (tail + chunk).split(mark)
+            for piece in whole:
+                yield invalid.decode(b"".join([*parts, piece]), path)
+                parts = []
+            keep = min(len(mark) - 1, len(rest))
+            parts.append(rest[: len(rest) - keep])
+            tail = rest[len(rest) - keep :]
+        yield invalid.decode(b"".join([*parts, tail]), path)
+
+
+def _read_jsonl(path: str, field: str, invalid: Invalid) -> Iterator[str]:
+    with _open(path) as file:
+        for number, raw in enumerate(file, 1):
+            if not raw.strip():
+                continue
+            try:
+                record = json.loads(invalid.decode(raw, path).removeprefix("\ufeff"))
+            except (json.JSONDecodeError, RecursionError) as error:
+                raise ConfigError(f"{path}, line {number}: not valid JSON ({error}); each line must be one.") from error
+            if not isinstance(record, dict) or not isinstance(record.get(field), str):
+                has = f"it has {', '.join(record) or 'no fields'}" if isinstance(record, dict) else "it is no object"
+                raise ConfigError(
+                    f"{path}, line {number}: no text in the field {field!r} ({has}); set config.data.text_field."
+                )
+            yield invalid.clean(record[field], path)
+
+
+def _read_parquet(path: str, field: str, invalid: Invalid) -> Iterator[str]:
+    try:
+        import pyarrow as pa
+        import pyarrow.parquet as pq
+    except ImportError as error:
+        raise ConfigError("config.data.source is 'parquet', which needs pyarrow; pip install pyarrow.") from error
+    try:
+        with pq.ParquetFile(path) as file:
+            if field not in file.schema_arrow.names:
+                raise ConfigError(
+                    f"{path}: no column {field!r}; set config.data.text_field to one of "
+                    f"{', '.join(file.schema_arrow.names)}."
+                )
+            for batch in file.iter_batches(batch_size=256, columns=[field]):  # walks the row groups
+                column = batch.column(0)
+                column = column.dictionary_decode() if pa.types.is_dictionary(column.type) else column
+                if column.type not in (
+                    pa.string(),
+                    pa.large_string(),
+                    pa.string_view(),
+                    pa.binary(),
+                    pa.large_binary(),
+                ):
+                    raise ConfigError(
+                        f"{path}: column {field!r} holds {column.type}; config.data.text_field must name a text column."
+                    )
+                for raw in column.cast(pa.large_binary()).to_pylist():  # not as text: pyarrow raises on invalid UTF-8
+                    if raw is not None:
+                        yield invalid.decode(raw, path)
+    except pa.ArrowException as error:
+        reason = str(error).splitlines()[0]
+        raise ConfigError(f"{path} cannot be read as parquet: {reason}; config.data.path must match such.") from error
+
+
+def _tfds(data: Data, heldout: bool) -> Source:
+    try:
+        import tensorflow_datasets as tfds
+    except ImportError as error:
+        raise ConfigError(
+            "config.data.source is 'tfds', which needs tensorflow-datasets and array_record; pip install both."
+        ) from error
+    name = (heldout and data.heldout_path) or data.path
+    split = (heldout and data.heldout_split) or data.split
+    what = f"tfds data set {name!r}, split {split!r}"
+    where = data.data_dir or "the library's default folder"
+    try:
+        builder = tfds.builder(name, data_dir=os.path.expanduser(data.data_dir) or None)
+        records = builder.as_data_source(split=split)
+        info = builder.info.splits[split]
+        paths = tuple(str(path) for path in info.filepaths)
+        sizes = [os.stat(path).st_size for path in paths]
+    except Exception as error:  # tfds raises AssertionError, ValueError, NotImplementedError, ... for missing data
+        reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
+        raise ConfigError(
+            f"config.data.path names the {what}, which cannot be opened from config.data.data_dir ({where}) as "
+            f"array_record files: {reason.rstrip('.')}; prepare it with tfds, file_format='array_record'."
+        ) from error
+
+    def read(invalid: Invalid) -> Iterator[str]:
+        for index in range(len(records)):
+            record = records[index]
+            value = record.get(data.text_field) if isinstance(record, dict) else None
+            if not isinstance(value, str | bytes):
+                has = ", ".join(record) if isinstance(record, dict) else type(record).__name__
+                raise ConfigError(
+                    f"config.data.text_field is {data.text_field!r}, no text field of the {what}; it has {has}."
+                )
+            yield invalid.decode(value, what) if isinstance(value, bytes) else invalid.clean(value, what)
+
+    identity = ("tfds", builder.info.full_name, split, len(records), data.text_field, sizes)
+    return Source(what, identity, paths, lambda invalid: _guarded("config.data.path", what, read(invalid)))
