@@ -1,0 +1,35 @@
+"""`linscale train`."""
+
+import argparse
+
+from linscale.config import ConfigError
+from linscale.training import recipes
+
+HELP = """\
+Train one run of a recipe. The same command again continues it from its last checkpoint, or says that it is finished.
+
+  linscale train --config=configs/demo.py:tnl-100k
+  linscale train --config=configs/ladder.py:tnl-70m --config.data.source=text --config.data.path='books/*.txt'
+
+Every field of linscale/config.py can be set as --config.section.field=value.
+"""
+
+
+def main(argv: list[str]) -> int:
+    parser = argparse.ArgumentParser(
+        "linscale train", description=HELP, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    parser.add_argument("--config", metavar="FILE.py:RUNG", help="the recipe and its rung")
+    parser.add_argument("--config.FIELD", dest="unused", metavar="VALUE", help="override a field, as often as needed")
+    args, rest = parser.parse_known_args(argv)
+    overrides = recipes.split(rest, "train")
+    if args.config is None:
+        raise ConfigError("linscale train needs --config=FILE.py:RUNG, as --config=configs/demo.py:tnl-100k.")
+    config = recipes.load_run(args.config, overrides)
+
+    from linscale.training import loop, run_folder  # jax starts here, after the command line is known to be right
+
+    done = loop.train(config)
+    print(f"held-out loss {done['heldout_loss']:.4f} nats/token, {done['heldout_bpb']:.4f} bits/byte")
+    print(run_folder.of(config))
+    return 0

@@ -1,0 +1,170 @@
+"""The training loop, to be read from top to bottom: check, restore, iterate, log, evaluate, checkpoint, finish.
+
+Exactness. A run is a function of its config: the same batches, the same steps and the same evaluations, whether or
+not it was killed between. That rests on three orders kept here: metrics up to a step are on disk before the checkpoint
+of that step is begun; the evaluation of a step comes before its checkpoint; DONE.json comes after the last checkpoint.
+"""
+
+import functools
+import math
+import time
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from linscale import data, models
+from linscale.config import Config
+from linscale.scaling import flops
+from linscale.training import checkpoint, metrics, run_folder, step
+from linscale.training.metrics import say
+
+
+def check(config: Config) -> None:
+    """Everything about a run that can be wrong before its data are read. ConfigError; nothing is compiled."""
+    models.validate(config.model)
+    metrics.check_wandb(config)
+    run_folder.check(config)
+
+
+def train(config: Config, corpus=None, label: str = "", note=None) -> dict:
+    """Trains a run to its end, from its last checkpoint if there is one, and returns the content of its DONE.json.
+
+    corpus: of data.prepare, prepared here if None. label: for progress, as "[3/20] tnl-20k". note: see
+    metrics.Progress. Raises ConfigError before any compile, OSError when the disk fails, FloatingPointError when the
+    loss or gradient is not finite.
+    """
+    folder, label = run_folder.of(config), label or config.name
+    check(config)
+    if done := run_folder.read_done(config):
+        say(f"{label}: finished before, held-out loss {done['heldout_loss']:.4f} nats/token; nothing to do in {folder}")
+        return done
+    run_folder.check_space([config])
+    if corpus is None:
+        corpus = data.prepare(config.data, config.model.vocab_size, log=say)
+        say(corpus.summary)
+    run = run_folder.claim(config, corpus)
+
+    batches = data.train_batches(
+        corpus,
+        batch=config.train.batch,
+        sequence=config.train.sequence,
+        seed=config.seed,
+        workers=config.data.workers,
+    )
+    # One device for now: a mesh and its shardings take the place of this line.
+    sharding = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    with checkpoint.open_folder(folder / "checkpoints", config.train.checkpoint_keep) as checkpointer:
+        init = functools.partial(step.init, config)
+        abstract = checkpoint.abstract_like(jax.eval_shape(init), sharding)
+        say(f"{label}: compiling, {run['parameters']['total']:,} parameters on {jax.devices()[0].device_kind}")
+        train_step, eval_step = compile_steps(config, abstract, sharding)
+        first, state = 0, None
+        if restored := checkpoint.restore(checkpointer, abstract):
+            first, state, position = restored
+            seek(batches, position, first, config)
+            say(f"{label}: continues after step {first}")
+        else:
+            state = jax.jit(init, out_shardings=sharding)()
+
+        evaluations = eval_steps(config.steps, config.train.eval_count)
+        log = metrics.Log(folder, config, run, first, peak(config))
+        progress = metrics.Progress(label, config.steps, first, config.tokens_per_step, note)
+        try:
+            in_flight = None  # (step, its metrics on the device)
+            for n in range(first + 1, config.steps + 1):
+                batch = jax.device_put(next(batches), sharding)
+                with jax.transfer_guard("disallow"):  # a hidden transfer would wait for the device
+                    state, measured = train_step(state, batch)
+                if in_flight:  # read while step n runs
+                    record(log, progress, config, *in_flight)
+                in_flight = (n, measured)
+
+                evaluates = n in evaluations
+                saves = n % config.train.checkpoint_every == 0 or n == config.steps
+                if evaluates or saves:
+                    record(log, progress, config, *in_flight)
+                    in_flight, began = None, time.perf_counter()
+                    if evaluates:
+                        log.heldout(n, heldout_loss(config, corpus, eval_step, state.params, sharding))
+                    if saves:
+                        log.sync()
+                        position = {"workers": config.data.workers, "iterator": batches.get_state()}
+                        checkpoint.save(checkpointer, n, state, position)
+                    log.paused(time.perf_counter() - began)
+            checkpointer.wait()
+            done = log.last_heldout | {"seconds": round(log.seconds, 3)}
+            run_folder.write_json(folder / "DONE.json", done)
+        finally:
+            progress.close()
+            log.close()
+    return done
+
+
+def compile_steps(config: Config, abstract: step.TrainState, sharding):
+    """(train_step, eval_step), compiled ahead so that no step is slower than another. The state is donated."""
+
+    def batch(rows):
+        shape = (rows, config.train.sequence)
+        kinds = {"tokens": jnp.int32, "labels": jnp.int32, "segment_ids": jnp.int32, "weights": jnp.float32}
+        return {name: jax.ShapeDtypeStruct(shape, kind, sharding=sharding) for name, kind in kinds.items()}
+
+    train_step = jax.jit(functools.partial(step.train_step, config), donate_argnums=0)
+    eval_step = jax.jit(functools.partial(step.eval_step, config))
+    return (
+        train_step.lower(abstract, batch(config.train.batch)).compile(),
+        eval_step.lower(abstract.params, batch(eval_batch(config))).compile(),
+    )
+
+
+def record(log: metrics.Log, progress: metrics.Progress, config: Config, n: int, measured: dict) -> None:
+    """Reads the metrics of step n from the device, and writes its line when it is due."""
+    values = {name: float(value) for name, value in jax.device_get(measured).items()}
+    if not (math.isfinite(values["loss"]) and math.isfinite(values["grad_norm"])):
+        raise FloatingPointError(
+            f"{config.name} diverged at step {n} (loss {values['loss']}, gradient norm {values['grad_norm']}); lower "
+            f"config.optimizer.learning_rate, now {config.optimizer.learning_rate}, under another config.name."
+        )
+    if n % config.train.log_every == 0 or n == config.steps:
+        log.training(n, values["loss"], values["grad_norm"], values["lr"])
+    progress.update(n, values["loss"])
+
+
+def heldout_loss(config: Config, corpus, eval_step, params, sharding) -> float:
+    """Nats per token over the whole held-out set."""
+    sums = [
+        eval_step(params, jax.device_put(batch, sharding))
+        for batch in data.heldout_batches(corpus, batch=eval_batch(config), sequence=config.train.sequence)
+    ]
+    nats, weights = np.asarray(jax.device_get(sums), np.float64).sum(0)
+    if not math.isfinite(nats):
+        raise FloatingPointError(f"{config.name} diverged: its held-out loss is {nats}; lower the learning rate.")
+    return float(nats / weights)
+
+
+def eval_batch(config: Config) -> int:
+    return config.train.batch // config.train.accumulation
+
+
+def eval_steps(steps: int, count: int) -> set[int]:
+    """`count` steps evenly spaced in log(step) over the last two decades of a run, the last step among them."""
+    if count == 1:
+        return {steps}
+    return {max(1, round(n)) for n in np.geomspace(max(1.0, steps / 100), steps, count)}
+
+
+def seek(batches, position: dict, drawn: int, config: Config) -> None:
+    """Puts the iterator where it stood after `drawn` batches."""
+    if position["workers"] == config.data.workers:
+        batches.set_state(position["iterator"])
+    else:  # the iterator's state counts per worker; the batches themselves do not depend on workers
+        say(f"config.data.workers was {position['workers']}: stepping over {drawn} batches")
+        for _ in range(drawn):
+            next(batches)
+
+
+def peak(config: Config) -> float | None:
+    """FLOP/s of the devices in use, None if their kind is not known."""
+    device = jax.devices()[0]
+    dtype = {"auto": "float32" if device.platform == "cpu" else "bfloat16"}.get(config.model.dtype, config.model.dtype)
+    return flops.peak_flops(device.device_kind, dtype)

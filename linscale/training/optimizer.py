@@ -1,0 +1,68 @@
+"""Adam with decoupled weight decay and the learning-rate schedules, from `config.Optimizer`.
+
+The paper: 3e-4 for every size and architecture, constant after the warm-up, weight decay 0.1. It does not say betas,
+eps, clipping or warm-up; the defaults are those of the launcher its authors used.
+"""
+
+import math
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from linscale.config import Config
+
+# Decay pulls a matrix toward zero, which only rescales what the following norm undoes. These are no such matrices:
+# they set positions, time constants and scales, and zero is a meaningful value of theirs.
+UNDECAYED = ("norm", "scale", "bias", "theta", "lower_bound", "gamma", "tpe")
+
+
+def schedule(config: Config):
+    """Learning rate as a function of the number of finished steps (int32 scalar -> float32 scalar).
+
+    Step n (1, 2, ...) has min(1, n / warm-up steps) of the peak, then one of
+      constant  1
+      cosine    from 1 to final_share by the end of the run
+      wsd       1, then linearly to final_share over the last decay_share of the steps
+    """
+    o, steps = config.optimizer, config.steps
+    warmup = math.ceil(o.warmup_tokens / config.tokens_per_step)
+    decay = max(1, round(o.decay_share * steps))
+
+    def rate(count):
+        n = jnp.asarray(count, jnp.float32) + 1
+        factor = jnp.float32(1)
+        if o.schedule == "cosine":
+            x = jnp.clip((n - warmup) / max(1, steps - warmup), 0, 1)
+            factor = o.final_share + (1 - o.final_share) * 0.5 * (1 + jnp.cos(jnp.pi * x))
+        elif o.schedule == "wsd":
+            x = jnp.clip((n - (steps - decay)) / decay, 0, 1)
+            factor = 1 - (1 - o.final_share) * x
+        return o.learning_rate * factor * jnp.minimum(1, n / max(1, warmup))
+
+    return rate
+
+
+def decay_mask(params):
+    """Tree of bools like params: True where weight decay applies, which is matrices and the embedding.
+
+    A leaf under "layers" has the layer as its first axis, which does not count as a dimension of the matrix.
+    """
+
+    def decays(path, leaf):
+        names = [str(getattr(key, "key", getattr(key, "name", key))) for key in path]
+        dims = leaf.ndim - ("layers" in names)
+        return dims >= 2 and not any(part in name for name in names for part in UNDECAYED)
+
+    return jax.tree_util.tree_map_with_path(decays, params)
+
+
+def make(config: Config) -> optax.GradientTransformation:
+    """clip by global norm (0: off) -> Adam -> decoupled weight decay -> learning rate."""
+    o = config.optimizer
+    return optax.chain(
+        optax.clip_by_global_norm(o.clip) if o.clip else optax.identity(),
+        optax.scale_by_adam(o.beta1, o.beta2, o.eps),
+        optax.add_decayed_weights(o.weight_decay, mask=decay_mask),
+        optax.scale_by_learning_rate(schedule(config)),
+    )

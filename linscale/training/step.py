@@ -1,0 +1,70 @@
+"""The train step: one pure function (state, batch) -> (state, metrics), and the evaluation step.
+
+B sequences a step, T tokens a sequence, A micro-batches of B/A sequences. Parameters, gradients and the optimizer's
+moments are float32.
+"""
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from linscale import models
+from linscale.config import Config
+from linscale.training import optimizer
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class TrainState:
+    params: Any  # nested dict of float32, as linscale.models.init
+    opt_state: Any  # of optimizer.make
+    step: jax.Array  # int32: finished optimizer steps
+
+
+def init(config: Config) -> TrainState:
+    """The state before the first step, a pure function of the config. Meant to be jitted or shape-evaluated."""
+    params = models.init(config.model, config.seed)
+    return TrainState(params, optimizer.make(config).init(params), jnp.int32(0))
+
+
+def train_step(config: Config, state: TrainState, batch: dict) -> tuple[TrainState, dict]:
+    """One optimizer step. batch: tokens, labels, segment_ids int32 [B,T], weights float32 [B,T].
+
+    Metrics, float32 scalars: loss (nats per weighted token, before the update), grad_norm (before clipping), lr.
+    Losses and weights are summed over micro-batches and divided once, so that accumulation changes only rounding,
+    also where micro-batches differ in padding.
+    """
+
+    def summed(params, micro):
+        return models.loss(config.model, params, micro)  # (sum of nats, sum of weights)
+
+    value_and_grad = jax.value_and_grad(summed, has_aux=True)
+    if config.train.accumulation == 1:
+        (nats, weights), grads = value_and_grad(state.params, batch)
+    else:
+
+        def accumulate(carry, micro):
+            (nats, weights), grads = value_and_grad(state.params, micro)
+            return jax.tree.map(jnp.add, carry, (nats, weights, grads)), None
+
+        zeros = (jnp.float32(0), jnp.float32(0), jax.tree.map(jnp.zeros_like, state.params))
+        split = jax.tree.map(lambda x: x.reshape(config.train.accumulation, -1, *x.shape[1:]), batch)
+        (nats, weights, grads), _ = jax.lax.scan(accumulate, zeros, split)
+
+    weights = jnp.maximum(weights, 1)
+    grads = jax.tree.map(lambda g: g / weights, grads)
+    updates, opt_state = optimizer.make(config).update(grads, state.opt_state, state.params)
+    metrics = {
+        "loss": nats / weights,
+        "grad_norm": optax.global_norm(grads),
+        "lr": optimizer.schedule(config)(state.step),
+    }
+    return TrainState(optax.apply_updates(state.params, updates), opt_state, state.step + 1), metrics
+
+
+def eval_step(config: Config, params, batch: dict) -> tuple[jax.Array, jax.Array]:
+    """Sum of nats and sum of weights of one batch, float32 scalars."""
+    return models.loss(config.model, params, batch)
