@@ -118,6 +118,8 @@ def main(argv: list[str]) -> int:
     options = chosen(arguments)
     ladder = runs.read(arguments.folder)
     fits, notes = laws.fit_ladder(ladder, options)
+    if not fits:
+        raise ConfigError(" ".join(["No architecture can be fitted.", *notes]))
     print(text(ladder, fits, notes, options))
     if arguments.json:
         content = json.dumps(as_json(ladder, fits, notes, options), indent=1)

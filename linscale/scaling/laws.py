@@ -25,7 +25,7 @@ import dataclasses
 
 import numpy as np
 
-from linscale.config import ConfigError
+from linscale.config import ARCHITECTURES, ConfigError
 from linscale.scaling import runs as runs_
 
 BINS_PER_DECADE = 10
@@ -69,10 +69,8 @@ class Fit:
 def fit_ladder(ladder: runs_.Ladder, options: Options = Options()) -> tuple[dict[str, Fit], list[str]]:
     """Fits by architecture, in the order of config.ARCHITECTURES, and sentences on what the reader must know.
 
-    Raises ConfigError if no architecture can be fitted.
+    An architecture that cannot be fitted is missing from the fits and has its sentence.
     """
-    from linscale.config import ARCHITECTURES
-
     fits, notes = {}, _notes(ladder)
     for arch in ARCHITECTURES:
         group = [run for run in ladder.runs if run.arch == arch]
@@ -81,7 +79,7 @@ def fit_ladder(ladder: runs_.Ladder, options: Options = Options()) -> tuple[dict
             continue
         if len(finished) < MIN_RUNS:
             notes.append(
-                f"{arch} has {len(finished)} finished of {len(group)} runs; a law needs at least {MIN_RUNS}, so it has none."
+                f"{arch} has {len(finished)} finished of {len(group)} runs; it gets no law, which needs at least {MIN_RUNS}."
             )
             continue
         try:
@@ -91,8 +89,6 @@ def fit_ladder(ladder: runs_.Ladder, options: Options = Options()) -> tuple[dict
             continue
         if len(finished) < 4:
             notes.append(f"{arch} has only {len(finished)} finished runs: its intervals are too narrow to be trusted.")
-    if not fits:
-        raise ConfigError("No architecture can be fitted. " + " ".join(notes))
     return fits, notes
 
 
