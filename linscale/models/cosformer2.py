@@ -1,0 +1,46 @@
+"""cosFormer2's token mixer: linear attention without decay, reweighted by a cosine per channel (arXiv 2406.16690,
+section 2.2 and appendix A.1).
+
+Q = silu(X W_q), K = silu(X W_k), V = X W_v; query t and key s meet as sum_c q_tc k_sc cos((t - s) theta_c) with theta
+learned per head and channel; a norm instead of the denominator; O = Norm(..) * sigmoid(X W_down W_up), then W_o. The
+relative position encoding that comes once after the embedding is in tpe.py.
+
+Where the paper is silent: theta starts as in the authors' LRPE code, 10000^(-2c/D) over the whole width, so that heads
+differ; norms are SimpleRMSNorm as in TNL (the paper's parameter counts hint at norms with parameters, 7 l d of them,
+too little to tell which).
+
+Letters: B batch, T tokens, D width, H heads, K channels of a head.
+"""
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from linscale.config import Model
+from linscale.models import tnl
+from linscale.models.layers import LowRankGate, activation, attend, dense, merge_heads, simple_rms_norm, split_heads
+
+
+class Mixer(nnx.Module):
+    ffn_activation = staticmethod(activation("none"))
+    norm = tnl.Mixer.norm
+
+    def __init__(self, model: Model, rngs: nnx.Rngs):
+        self.model = model
+        self.query, self.key, self.value, self.out = (dense(model.width, model.width, model, rngs) for _ in range(4))
+        self.gate = LowRankGate(model, rngs)
+        theta = 10_000.0 ** (-2 * jnp.arange(model.width) / model.width)
+        self.theta = nnx.Param(theta.reshape(model.heads, -1))  # [H,K], radians a token
+
+    @staticmethod
+    def empty_cache(model: Model, batch: int, slots: int):
+        """The state [B,H,2K,K], float32: a cosine and a sine part."""
+        head_dim = model.width // model.heads
+        return jnp.zeros((batch, model.heads, 2 * head_dim, head_dim))
+
+    def __call__(self, x_BTD, *, layer, position, segment_ids, cache):
+        model = self.model
+        q, k, v = (split_heads(w(x_BTD), model.heads) for w in (self.query, self.key, self.value))
+        q, k, v = jax.nn.silu(q), jax.nn.silu(k), activation(model.value_activation)(v)
+        out, cache = attend(model, q, k, v, state=cache, segment_ids=segment_ids, phase=self.theta[...])
+        return self.out(simple_rms_norm(merge_heads(out)) * self.gate(x_BTD)), cache

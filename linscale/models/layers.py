@@ -1,0 +1,99 @@
+"""Pieces the mixers share: norms, heads, the gated linear unit, the low-rank gate, and the linear attention call.
+
+Letters: B batch, T tokens, D width, H heads, K channels of a head.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from linscale.config import Model
+from linscale.kernels import linear_attention, linear_attention_step
+
+EPSILON = 1e-6
+
+
+def compute_dtype(model: Model):
+    """The dtype of activations: model.dtype, or by "auto" float32 on a CPU and bfloat16 elsewhere."""
+    if model.dtype == "auto":
+        return jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16
+    return jnp.dtype(model.dtype)
+
+
+def dense(inputs: int, outputs: int, model: Model, rngs: nnx.Rngs) -> nnx.Linear:
+    """A matrix without bias: float32 parameter, normal(0, init_std), multiplied in the compute dtype."""
+    init = nnx.initializers.normal(model.init_std)
+    return nnx.Linear(inputs, outputs, use_bias=False, dtype=compute_dtype(model), kernel_init=init, rngs=rngs)
+
+
+def simple_rms_norm(x_BTD: jax.Array) -> jax.Array:
+    """x / RMS(x) over the last axis, no parameters; statistics in float32 (arXiv 2405.17381, eq. 14)."""
+    x = x_BTD.astype(jnp.float32)
+    x = x * jax.lax.rsqrt(jnp.mean(x * x, axis=-1, keepdims=True) + EPSILON)
+    return x.astype(x_BTD.dtype)
+
+
+class RMSNorm(nnx.Module):
+    """RMS norm with a learned scale, LLaMA's; statistics in float32."""
+
+    def __init__(self, width: int):
+        self.scale = nnx.Param(jnp.ones(width))
+
+    def __call__(self, x_BTD):
+        return simple_rms_norm(x_BTD) * self.scale[...].astype(x_BTD.dtype)
+
+
+def split_heads(x_BTD: jax.Array, heads: int) -> jax.Array:
+    return x_BTD.reshape(*x_BTD.shape[:-1], heads, -1)
+
+
+def merge_heads(x_BTHK: jax.Array) -> jax.Array:
+    return x_BTHK.reshape(*x_BTHK.shape[:-2], -1)
+
+
+class GatedLinearUnit(nnx.Module):
+    """[U * f(V)] W_down. f is silu for LLaMA (SwiGLU) and the identity for the linear models (SGLU)."""
+
+    def __init__(self, model: Model, activation, rngs: nnx.Rngs):
+        self.up = dense(model.width, model.ffn, model, rngs)
+        self.gate = dense(model.width, model.ffn, model, rngs)
+        self.down = dense(model.ffn, model.width, model, rngs)
+        self.activation = activation
+
+    def __call__(self, x_BTD):
+        return self.down(self.up(x_BTD) * self.activation(self.gate(x_BTD)))
+
+
+class LowRankGate(nnx.Module):
+    """sigmoid(x W_down W_up) with a bottleneck of one head dim (arXiv 2406.16690, appendix A.1; x is the normed input,
+    as in the released code)."""
+
+    def __init__(self, model: Model, rngs: nnx.Rngs):
+        rank = model.width // model.heads
+        self.down = dense(model.width, rank, model, rngs)
+        self.up = dense(rank, model.width, model, rngs)
+
+    def __call__(self, x_BTD):
+        return jax.nn.sigmoid(self.up(self.down(x_BTD)))
+
+
+def activation(name: str):
+    return {"none": lambda x: x, "silu": jax.nn.silu}[name]
+
+
+def attend(model: Model, q, k, v, *, state, segment_ids, log_decay=None, phase=None):
+    """Linear attention in a mixer: one step when a single token continues a state, the whole sequence otherwise.
+
+    Returns (out [B,T,H,K], the state after the last token, or None where none was given).
+    """
+    if state is not None and q.shape[1] == 1:
+        now = log_decay[:, 0] if log_decay is not None and log_decay.ndim == 4 else log_decay
+        k_now = None if k is None else k[:, 0]
+        out, state = linear_attention_step(q[:, 0], k_now, v[:, 0], state, log_decay=now, phase=phase)
+        return out[:, None], state
+    implementation = None if model.attention == "auto" else model.attention
+    run = functools.partial(linear_attention, log_decay=log_decay, phase=phase, implementation=implementation)
+    out, after = run(q, k, v, initial_state=state, segment_ids=segment_ids)
+    return out, None if state is None else after

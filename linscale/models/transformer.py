@@ -1,0 +1,215 @@
+"""The one skeleton: tied embedding, stacked pre-norm blocks scanned over depth, final norm, tied output.
+
+  x = embed(tokens); x = tpe(x) (cosFormer2 only); per layer x += mixer(norm(x)), x += glu(norm(x)); logits = norm(x) E^T
+
+Parameters of equal layers are stacked on axis 0 and the layers run in a `lax.scan`, so that compile time does not
+depend on depth. The hybrid (arXiv 2501.08313) has two kinds of layers, scanned period by period.
+
+Everything outside this package uses the functions: parameters are a nested dict of float32 arrays.
+
+Letters: B batch, T tokens, D width, V vocabulary, L layers.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from linscale.config import ConfigError, Model
+from linscale.kernels import cross_entropy
+from linscale.models import cosformer2, hgrn2, llama, tnl
+from linscale.models.layers import GatedLinearUnit, compute_dtype
+from linscale.models.tpe import Tpe
+
+_MIXERS = {"llama": llama.Mixer, "tnl": tnl.Mixer, "hgrn2": hgrn2.Mixer, "cosformer2": cosformer2.Mixer}
+
+
+def period(model: Model) -> list[tuple[str, int]]:
+    """The layers' kinds as runs (kind, how many) that repeat over the depth."""
+    if model.arch == "hybrid":
+        return [("tnl", model.softmax_every - 1), ("llama", 1)]
+    return [(model.arch, 1)]
+
+
+def layer_indices(model: Model) -> dict[str, list[int]]:
+    """Kind -> the positions in the depth of its layers."""
+    pattern = [kind for kind, count in period(model) for _ in range(count)]
+    kinds = [pattern[i % len(pattern)] for i in range(model.layers)]
+    return {kind: [i for i, k in enumerate(kinds) if k == kind] for kind in dict.fromkeys(kinds)}
+
+
+class Block(nnx.Module):
+    def __init__(self, model: Model, kind: str, rngs: nnx.Rngs):
+        mixer = _MIXERS[kind]
+        self.mixer_norm = mixer.norm(model)
+        self.mixer = mixer(model, rngs)
+        self.ffn_norm = mixer.norm(model)
+        self.ffn = GatedLinearUnit(model, mixer.ffn_activation, rngs)
+
+    def __call__(self, x_BTD, **context):
+        mixed_BTD, cache = self.mixer(self.mixer_norm(x_BTD), **context)
+        x_BTD = x_BTD + mixed_BTD
+        return x_BTD + self.ffn(self.ffn_norm(x_BTD)), cache
+
+
+class Transformer(nnx.Module):
+    def __init__(self, model: Model, rngs: nnx.Rngs):
+        self.model = model
+        # The final norm has unit RMS, so logits start with sd sqrt(D) std; bounded, the first loss stays near ln V.
+        std = min(model.init_std, 0.45 / model.width**0.5)
+        self.embedding = nnx.Param(std * jax.random.normal(rngs.params(), (model.vocab_size, model.width)))
+        self.tpe = Tpe(model, rngs) if model.arch == "cosformer2" else None
+        self.layers = nnx.Dict(
+            {kind: _stack(model, kind, len(at), rngs) for kind, at in layer_indices(model).items()},
+        )
+        self.final_norm = _MIXERS["tnl" if model.arch == "hybrid" else model.arch].norm(model)
+
+    def __call__(self, tokens_BT, segment_ids_BT, cache):
+        x_BTD = self.embedding[...].astype(compute_dtype(self.model))[tokens_BT]
+        new_cache = None if cache is None else cache | {"position": cache["position"] + tokens_BT.shape[1]}
+        if self.tpe is not None:
+            x_BTD, tpe = self.tpe(x_BTD, segment_ids=segment_ids_BT, cache=None if cache is None else cache["tpe"])
+            if cache is not None:
+                new_cache["tpe"] = tpe
+        x_BTD, layers = self._run_layers(x_BTD, segment_ids_BT, cache)
+        if cache is not None:
+            new_cache["layers"] = layers
+        return self.final_norm(x_BTD), new_cache
+
+    def _run_layers(self, x_BTD, segment_ids_BT, cache):
+        position = 0 if cache is None else cache["position"]
+        stacks = {}
+        for kind, at in layer_indices(self.model).items():
+            graphdef, params = nnx.split(self.layers[kind])
+            params = nnx.to_pure_dict(params)
+            if hasattr(_MIXERS[kind], "across_layers"):
+                params["mixer"] = _MIXERS[kind].across_layers(params["mixer"])
+            stacks[kind] = (params, jnp.asarray(at), None if cache is None else cache["layers"][kind])
+
+            def one_layer(x_BTD, xs, graphdef=graphdef):
+                params, layer, cache = xs
+                block = nnx.merge(graphdef, params)
+                return block(x_BTD, layer=layer, position=position, segment_ids=segment_ids_BT, cache=cache)
+
+            stacks[kind] = (_remat(one_layer, self.model.remat), stacks[kind])
+
+        def run(kind, x_BTD, xs):
+            return jax.lax.scan(stacks[kind][0], x_BTD, xs, unroll=min(self.model.unroll, xs[1].shape[0]))
+
+        runs = period(self.model)
+        if len(runs) == 1:
+            kind = runs[0][0]
+            x_BTD, new = run(kind, x_BTD, stacks[kind][1])
+            return x_BTD, {kind: new}
+        return _run_periods(run, runs, {kind: xs for kind, (_, xs) in stacks.items()}, x_BTD, self.model)
+
+
+def _run_periods(run, runs, stacks, x_BTD, model):
+    """Whole periods in a scan, each run of equal layers in a scan of its own; the layers left over come last."""
+    periods = model.layers // sum(count for _, count in runs)
+    counts = dict(runs)
+    whole = {
+        kind: jax.tree.map(lambda a, n=counts[kind]: a[: periods * n].reshape(periods, n, *a.shape[1:]), xs)
+        for kind, xs in stacks.items()
+    }
+    rest = {kind: jax.tree.map(lambda a, n=counts[kind]: a[periods * n :], xs) for kind, xs in stacks.items()}
+
+    def one_period(x_BTD, xs):
+        new = {}
+        for kind, _ in runs:
+            x_BTD, new[kind] = run(kind, x_BTD, xs[kind])
+        return x_BTD, new
+
+    new = {}
+    if periods:
+        x_BTD, new = jax.lax.scan(one_period, x_BTD, whole)
+        new = jax.tree.map(lambda a: a.reshape(-1, *a.shape[2:]), new)
+    for kind, _ in runs:
+        if kind in rest and rest[kind][1].shape[0]:
+            x_BTD, last = run(kind, x_BTD, rest[kind])
+            new[kind] = jax.tree.map(lambda a, b: jnp.concatenate([a, b]), new[kind], last) if kind in new else last
+    return x_BTD, new
+
+
+def _stack(model, kind, layers, rngs):
+    @nnx.split_rngs(splits=layers)
+    @nnx.vmap(in_axes=0, out_axes=0)
+    def make(rngs):
+        return Block(model, kind, rngs)
+
+    return make(rngs)
+
+
+def _remat(one_layer, policy: str):
+    if policy == "none":
+        return one_layer
+    save = jax.checkpoint_policies.dots_with_no_batch_dims_saveable if policy == "dots" else None
+    return jax.checkpoint(one_layer, policy=save, prevent_cse=False)  # inside a scan CSE cannot undo it
+
+
+@functools.cache
+def _graphdef(model: Model):
+    return nnx.split(nnx.eval_shape(lambda: Transformer(model, nnx.Rngs(0))))[0]
+
+
+def init(model: Model, seed: int | jax.Array) -> dict:
+    """Parameters: nested dict of float32 arrays, those of equal layers stacked on axis 0. Jit-able in seed."""
+    return nnx.to_pure_dict(nnx.state(Transformer(model, nnx.Rngs(jax.random.key(seed))), nnx.Param))
+
+
+def init_cache(model: Model, batch: int, slots: int = 0) -> dict:
+    """An empty decoding cache. slots: the longest sequence, which softmax layers need and linear ones ignore."""
+    layers = {}
+    for kind, at in layer_indices(model).items():
+        one = _MIXERS[kind].empty_cache(model, batch, slots)
+        layers[kind] = jax.tree.map(lambda x: jnp.broadcast_to(x, (len(at), *x.shape)), one)  # noqa: B023
+    cache = {"position": jnp.int32(0), "layers": layers}
+    if model.arch == "cosformer2":
+        cache["tpe"] = Tpe.empty_cache(model, batch)
+    return cache
+
+
+def forward(model: Model, params: dict, tokens, segment_ids=None, cache=None) -> tuple[jax.Array, dict | None]:
+    """Hidden states after the final norm.
+
+    Args:
+      tokens: [B,T] integers in [0, V).
+      segment_ids: [B,T] integers; a new document starts where the id changes, and no layer looks across. None: one
+        document a row.
+      cache: from `init_cache` or an earlier call: the tokens continue it. T may be 1 (decoding) or more (prefill).
+        Not together with segment_ids in a model with softmax layers.
+
+    Returns:
+      hidden [B,T,D] in the compute dtype, and the cache after the last token (None if none was given).
+    """
+    return nnx.merge(_graphdef(model), params)(tokens, segment_ids, cache)
+
+
+def logits(model: Model, params: dict, hidden: jax.Array) -> jax.Array:
+    """[..., D] -> [..., V] float32."""
+    embedding = params["embedding"].astype(hidden.dtype)
+    precision = "highest" if hidden.dtype == jnp.float32 else None
+    return jnp.einsum("...d,vd->...v", hidden, embedding, precision=precision, preferred_element_type=jnp.float32)
+
+
+def loss(model: Model, params: dict, batch: dict) -> tuple[jax.Array, jax.Array]:
+    """Sum of weighted negative log-likelihood in nats, and the sum of weights; float32 scalars.
+
+    batch: tokens, labels, segment_ids [B,T] integers, weights [B,T] float32.
+    """
+    hidden, _ = forward(model, params, batch["tokens"], batch["segment_ids"])
+    nll = cross_entropy(hidden, params["embedding"], batch["labels"], batch["weights"])
+    return nll, jnp.sum(batch["weights"])
+
+
+def validate(model: Model) -> None:
+    """Traces the model on two tokens. Raises ConfigError, before any compile, for what the operators refuse."""
+    tokens = jax.ShapeDtypeStruct((1, 2), jnp.int32)
+    params = jax.eval_shape(lambda: init(model, 0))
+    try:
+        jax.eval_shape(functools.partial(forward, model), params, tokens)
+    except ValueError as error:
+        raise ConfigError(
+            f"config.model.attention is {model.attention!r}, which cannot run this model: {error}"
+        ) from error
