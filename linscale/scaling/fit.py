@@ -9,7 +9,7 @@ from linscale.scaling import laws, paper, runs
 
 LOSS_NAMES = {"heldout": "held-out loss", "train": "smoothed training loss"}
 COMPUTE_NAMES = {
-    "exact": "exact accounting (as counted by the trainer: causal attention, output head)",
+    "exact": "the exact accounting (as the trainer counted: causal attention, output head)",
     "paper": "the paper's accounting (full n x n attention, no output head)",
 }
 

@@ -16,7 +16,9 @@ Approach 1 of Hoffmann et al. (arXiv 2203.15556), as in the paper; what the pape
 5. **Intervals.** The runs of the architecture are drawn again with replacement, and 3 and 4 repeated. A draw whose
    envelope has fewer than MIN_BINS bins cannot be fitted; it is counted as failed and left out. Percentiles 2.5 and
    97.5 of the others. With n runs there are few different draws, so that the intervals of few runs are rather too
-   narrow; they say nothing of another seed, another corpus, or another form of the law.
+   narrow (of 5 runs whose losses scatter by 1 % about a planted law, they held the true b in 94 of 100 ladders, of 12
+   runs in 89). The envelope of fewer runs is never lower, so that bands lie more above the law than below it. The
+   intervals say nothing of another seed, another corpus, or another form of the law.
 
 Curve i of R runs, bin g of G, draw s of S.
 """

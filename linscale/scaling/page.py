@@ -78,7 +78,7 @@ def _style() -> str:
 _RULES = """
 *{box-sizing:border-box}
 body{margin:0;background:var(--page);color:var(--ink);font:16px/1.55 var(--font)}
-main{max-width:1080px;margin:0 auto;padding:48px 24px 80px}
+main{max-width:1180px;margin:0 auto;padding:48px 24px 80px}
 h1{font-size:2.1rem;line-height:1.2;letter-spacing:-.02em;margin:0 0 .6rem}
 h2{font-size:1.3rem;letter-spacing:-.01em;margin:3rem 0 .5rem;padding-top:1.2rem;border-top:1px solid var(--grid)}
 p{margin:.5rem 0;max-width:75ch}
@@ -98,20 +98,21 @@ svg *{stroke-linejoin:round}
 .scroll{overflow-x:auto;margin:1rem 0}
 table{border-collapse:collapse;width:100%;font-size:.88rem;font-variant-numeric:tabular-nums}
 th{color:var(--muted);font-weight:600;text-align:right;vertical-align:bottom;border-bottom:1.5px solid var(--muted)}
-th,td{padding:6px 10px}
+th,td{padding:6px 8px}
 th:first-child,td:first-child{padding-left:0}
 td{border-bottom:1px solid var(--grid)}
 .number{text-align:right;white-space:nowrap}
-th.number{white-space:normal}
-.word{text-align:left}
-td small{display:block;font-size:.78rem}
+th.number{white-space:normal;line-height:1.3}
+.word{text-align:left;min-width:8.5em;overflow-wrap:anywhere}
+td small{display:block;font-size:.88em}
 a{color:inherit}
 .notes{background:var(--warn);border-left:4px solid var(--edge);border-radius:6px;padding:10px 18px;margin:1.4rem 0}
 .notes ul{margin:.3rem 0;padding-left:1.2rem}
 dt{font-weight:600;margin-top:.7rem}
 dd{margin:0;max-width:80ch}
-sup{line-height:0}
+sup{line-height:0;font-size:.72em}
 @media print{main{max-width:none;padding:0}body{font-size:11pt}figure,.card,tr{break-inside:avoid}
 h2{break-after:avoid}.scroll{overflow:visible}table{font-size:7.5pt}th,td{padding:3px 4px}
-.pair{grid-template-columns:1fr 1fr}.card{border:1px solid var(--grid);border-top:4px solid}}
+.pair{grid-template-columns:1fr 1fr}.cards{grid-template-columns:repeat(4,1fr);gap:8px}
+.card b{font-size:1.05rem}.card{padding:8px 12px;border:1px solid var(--grid);border-top:4px solid}}
 """

@@ -206,6 +206,7 @@ def _decades(axes, label: str, between: float = 1.2) -> None:
     axes.xaxis.set_major_locator(LogLocator(numticks=9))
     axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: power_of_ten(round(np.log10(x)))))
     if np.log10(high / low) < between:  # few decades: name the values between
+        axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5), numticks=15))
         axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: short(x) if x >= 1 else f"{x:.0e}"))
     axes.xaxis.set_minor_formatter(NullFormatter())
 
@@ -240,4 +241,4 @@ def themed(svg: str, name: str) -> str:
         svg = re.sub(light, f"var(--{variable})", svg, flags=re.IGNORECASE)
     size = re.search(r'<svg[^>]*?width="([\d.]+)pt" height="([\d.]+)pt"', svg)
     svg = svg.replace(f' width="{size[1]}pt" height="{size[2]}pt"', "", 1)
-    return svg.replace("<svg", '<svg role="img"', 1)
+    return svg.replace("<svg", f'<svg role="img" aria-label="figure {name}"', 1)

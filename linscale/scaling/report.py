@@ -98,7 +98,7 @@ def _document(ladder, begun, fits, notes, figures, options) -> str:
                "the number of tokens: see the table."),
         element("h2", "Training curves"),
         figure(figures["training"], "Lines: training loss of single batches. Points: held-out loss. "
-               "The darker, the larger the model."),
+               "The stronger the colour, the larger the model."),
         element("h2", "All runs"),
         _runs(ladder),
         element("h2", "How the laws were fitted"),
@@ -113,7 +113,7 @@ def _count(number: int, noun: str) -> str:
     return f"{words[number] if number < len(words) else number} {noun}{'' if number == 1 else 's'}"
 
 
-def _lead(begun: list[runs.Run]) -> str:
+def _lead(begun: list[runs.Run]) -> Markup:
     """What was trained, on which data, when."""
     names = ", ".join(plots.LABELS[arch] for arch in _archs(begun))
     sizes = [run.parameters.nonembedding for run in begun]
@@ -123,11 +123,11 @@ def _lead(begun: list[runs.Run]) -> str:
     length = short(tokens[0]) if len(set(tokens)) == 1 else f"{short(min(tokens))} to {short(max(tokens))}"
     total = sum(run.last.flops[0] for run in begun)
     seconds = sum(run.seconds or 0 for run in begun)
-    return (
+    return Markup(
         f"{len(begun)} language model{'' if len(begun) == 1 else 's'} ({names}) with {size} parameters without embedding, "
-        f"trained on {length} tokens each of {_data(begun)}. "
-        f"The last one ended on {day.day} {day:%B %Y}; together they took {_time(seconds)} and "
-        f"{total / 1e15:.3g} PFLOP ({total / PF_DAY:.2g} PFLOP/s-days, exact accounting)."
+        f"trained on {length} tokens each of {escape(_data(begun))}. "
+        f"The last one ended on {day.day} {day:%B %Y}; together they took {_time(seconds)} and {power(total)} FLOPs, "
+        f"which is {power(total / PF_DAY)} PFLOP/s-days."
     )
 
 
@@ -150,9 +150,10 @@ def _time(seconds: float) -> str:
 
 def _how(options: laws.Options) -> Markup:
     return Markup(
-        f"For each architecture the law <i>L</i>(<i>C</i>) = <i>a C<sup>b</sup></i> says what loss <i>L</i> (nats per "
-        f"token, {escape(LOSS_NAMES[options.loss])}) the best of its models reaches with compute <i>C</i> (PFLOP/s-days, "
-        f"{escape(COMPUTE_NAMES[options.compute])}). The more negative <i>b</i>, the more compute helps."
+        f"The law <i>L</i>(<i>C</i>) = <i>a C<sup>b</sup></i> of an architecture says what loss <i>L</i> the best of its "
+        f"models reaches with compute <i>C</i>; the more negative <i>b</i>, the more compute helps. <i>L</i> is the "
+        f"{escape(LOSS_NAMES[options.loss])} in nats per token, <i>C</i> is in PFLOP/s-days, in "
+        f"{escape(COMPUTE_NAMES[options.compute])}."
     )
 
 
@@ -167,7 +168,7 @@ def _notes(notes: list[str]) -> Markup:
 def _cards(fits: dict[str, laws.Fit]) -> Markup:
     cards = []
     for arch, fit in fits.items():
-        law = Markup(f"{fit.a:.3g} <i>C</i>&#8201;<sup>{minus(fit.b, 4)}</sup>")
+        law = Markup(f"{fit.a:#.3g} <i>C</i>&#8201;<sup>{minus(fit.b, 4)}</sup>")
         span = f"b between {minus(fit.b_interval[0], 4)} and {minus(fit.b_interval[1], 4)} (95 %)"
         best = Markup(f"loss {fit.envelope[-1]:.4f} at C = {power(fit.compute[-1], 1)}")
         children = chip(arch, plots.LABELS[arch]), element("b", law), element("small", span), element("small", best)
@@ -241,8 +242,8 @@ def _with_interval(value: float, low: float, high: float) -> Markup:
 
 
 def _runs(ladder: runs.Ladder) -> Markup:
-    head = ["run", "architecture", "parameters", "without embedding", "without embedding, with head", "tokens", "FLOPs"]
-    head += ["held-out loss (nats per token)", "bits per byte", "tokens/s", "minutes"]
+    head = ["run", "architecture", "parameters", "without embedding", "without it, with head", "tokens", "FLOPs"]
+    head += ["held-out loss, nats/token", "bits per byte", "tokens/s", "minutes"]
     order = {arch: i for i, arch in enumerate(plots.LABELS)}
     rows = []
     for run in sorted(ladder.runs, key=lambda run: (order[run.arch], run.parameters.nonembedding)):

@@ -1,0 +1,166 @@
+"""The report: self-contained, escaped, complete, and honest about unfinished runs."""
+
+import json
+import re
+from html.parser import HTMLParser
+
+import pytest
+from conftest import SHAPES, rung, write_ladder, write_run
+
+from linscale.config import ConfigError
+from linscale.scaling import paper, plots, report, runs
+
+VOID = {"meta", "br", "hr", "img", "input", "link"}
+
+
+class Balanced(HTMLParser):
+    """Collects tags and text, and fails on tags that are not closed in order."""
+
+    def __init__(self, text):
+        super().__init__()
+        self.open, self.tags, self.attributes, self.text, self.ids = [], [], [], [], []
+        self.feed(text)
+        assert not self.open, f"not closed: {self.open}"
+
+    def handle_starttag(self, tag, attributes):
+        self.tags.append(tag)
+        self.attributes += attributes
+        self.ids += [value for name, value in attributes if name == "id"]
+        if tag not in VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag, attributes):
+        self.handle_starttag(tag, attributes)
+        if tag not in VOID:
+            self.open.pop()
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        self.text.append(data)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return write_ladder(tmp_path_factory.mktemp("report") / "demo")
+
+
+@pytest.fixture(scope="module")
+def html(folder):
+    return report.write(folder).read_text(encoding="utf-8")
+
+
+def test_main_prints_the_path_last(tmp_path, capsys):
+    for shape in SHAPES[:2]:
+        write_run(tmp_path, rung("tnl", shape), lambda tokens: 20 * tokens**-0.2)
+    assert report.main([str(tmp_path)]) == 0
+    assert capsys.readouterr().out.splitlines()[-1] == str(tmp_path / "report" / "index.html")
+
+
+def test_the_page_loads_nothing(html):
+    parsed = Balanced(html)
+    assert not {"script", "link", "img", "iframe", "object", "embed", "image"} & set(parsed.tags)
+    for name, value in parsed.attributes:
+        if name in ("src", "href", "xlink:href", "srcset", "data", "action"):
+            assert value.startswith("#") or value == "fit.json", (name, value)
+        assert not name.startswith("on"), "no scripts"
+    assert not re.search(r"url\((?!#)|@import", html)
+    remaining = html.replace("http://www.w3.org/2000/svg", "").replace("http://www.w3.org/1999/xlink", "")
+    assert not re.search(r"https?://", remaining)
+
+
+def test_ids_are_unique_and_resolve(html):
+    parsed = Balanced(html)
+    assert len(parsed.ids) == len(set(parsed.ids))
+    wanted = set(re.findall(r'(?:href="|url\()#([^")]+)', html))
+    assert wanted and wanted <= set(parsed.ids)
+
+
+def test_figures_follow_the_page_theme(html):
+    """Colours are CSS variables that both themes define."""
+    figures = "".join(re.findall(r"<svg.*?</svg>", html, flags=re.DOTALL))
+    assert html.count("<svg") == 7
+    assert set(re.findall(r"var\(--(\w+)\)", figures)) <= {"font", *plots.COLOURS, *plots.NEUTRALS}
+    assert not re.search(r"(fill|stroke): #(?!ffffff)", figures), "a colour that does not change with the theme"
+    assert "prefers-color-scheme:dark" in html and "@media print" in html
+    assert "DejaVu" not in figures
+
+
+def test_png_files_and_json(folder, html):
+    names = {file.name for file in (folder / "report").iterdir()}
+    figures = {f"compute-{arch}.png" for arch in paper.TABLE3} | {"comparison.png", "parameters.png", "training.png"}
+    assert names == figures | {"index.html", "fit.json"}
+    for name in figures:
+        assert (folder / "report" / name).read_bytes().startswith(b"\x89PNG")
+    assert len(json.loads((folder / "report" / "fit.json").read_text())["fits"]) == 4
+
+
+def test_every_run_and_its_numbers_are_there(folder, html):
+    text = " ".join(Balanced(html).text)
+    for run in runs.read([folder]).runs:
+        assert run.name in text
+        assert f"{run.heldout.loss[-1]:.4f}" in text and f"{run.heldout_bpb:.4f}" in text
+        assert f"{run.parameters.total:,}" in text and f"{run.parameters.nonembedding:,}" in text
+    for laws in paper.TABLE3.values():
+        assert f"{laws.loss.coefficient:.4f}" in text
+        assert f"{laws.loss.exponent:.4f}".replace("-", "\N{MINUS SIGN}") in text
+    assert "the text of the Python standard library" in text and "exact accounting" in text
+
+
+def test_hostile_names_are_escaped(tmp_path):
+    hostile = '"><script>alert(1)</script>&amp;'
+    for shape in SHAPES[:2]:
+        path = write_run(tmp_path, rung("tnl", shape), lambda tokens: 20 * tokens**-0.2)
+        description = json.loads((path / "config.json").read_text())
+        description["name"] = hostile + path.name
+        description["config"]["data"].update(source="text", path="<b onload=x>/*.txt")
+        (path / "config.json").write_text(json.dumps(description))
+    parsed = Balanced(report.write(tmp_path).read_text(encoding="utf-8"))
+    assert "script" not in parsed.tags and "onload" not in dict(parsed.attributes)
+    text = "".join(parsed.text)
+    assert hostile + "tnl-58k" in text and "<b onload=x>/*.txt" in text
+
+
+def test_unfinished_and_missing_runs_are_shown_as_such(tmp_path):
+    configs = [rung("tnl", shape) for shape in SHAPES[:3]]
+    for i, config in enumerate(configs):
+        write_run(tmp_path, config, lambda tokens: 20 * tokens**-0.2, finished=i < 2)
+    names = [config.name for config in configs] + ["tnl-9m"]
+    (tmp_path / "ladder.json").write_text(json.dumps({"recipe": "r", "runs": names}))
+    text = " ".join(Balanced(report.write(tmp_path).read_text(encoding="utf-8")).text)
+    assert f"{names[2]} (unfinished)" in text and "tnl-9m (not started)" in text
+    assert f"Not finished, so not in the fit: {names[2]}, tnl-9m." in text
+
+
+def test_without_any_law_there_is_still_a_page(tmp_path):
+    write_run(tmp_path, rung("hybrid", (8, 48, 3, 128)), lambda tokens: 20 * tokens**-0.2)
+    html = report.write(tmp_path).read_text(encoding="utf-8")
+    assert "hybrid has 1 finished of 1 runs" in html and "Side by side" not in html
+    assert not (tmp_path / "report" / "comparison.png").exists()
+
+
+def test_nothing_to_report_is_a_sentence(tmp_path):
+    path = write_run(tmp_path, rung("tnl", SHAPES[0]), lambda tokens: 20 * tokens**-0.2, finished=False)
+    (path / "metrics.jsonl").unlink()
+    with pytest.raises(ConfigError, match="no run with a logged loss"):
+        report.write(tmp_path)
+
+
+def test_a_folder_that_cannot_be_written_is_named(tmp_path):
+    write_run(tmp_path, rung("tnl", SHAPES[0]), lambda tokens: 20 * tokens**-0.2)
+    (tmp_path / "report").write_text("in the way")
+    with pytest.raises(ConfigError, match="cannot be written"):
+        report.write(tmp_path)
+
+
+def test_one_colour_and_marker_an_architecture():
+    assert set(plots.COLOURS) == set(plots.MARKERS) == set(plots.LABELS)
+    for values in (plots.MARKERS.values(), *zip(*plots.COLOURS.values())):
+        assert len(set(values)) == len(plots.LABELS)
+
+
+def test_curves_are_thinned_without_their_ends(folder):
+    run = max(runs.read([folder]).runs, key=lambda run: len(run.train))
+    thin = plots._thin(run.train, 50)
+    assert len(thin) <= 50 and thin.tokens[0] == run.train.tokens[0] and thin.tokens[-1] == run.train.tokens[-1]
