@@ -9,6 +9,7 @@ the data is one number. Each batch is a dict of [B, T] arrays:
 
 import multiprocessing
 import os
+import sys
 import threading
 from collections.abc import Iterator
 
@@ -57,6 +58,7 @@ def train_batches(
     Raises ConfigError: hosts that do not divide batch, less than one batch of training tokens.
     """
     import grain
+    import grain.experimental
 
     rows = Rows(corpus.train, sequence)
     if batch % hosts:
@@ -69,9 +71,14 @@ def train_batches(
     shuffled = grain.MapDataset.source(rows).seed(seed).shuffle().repeat()
     # grain reads 500 elements ahead by default, which would be gigabytes of batches.
     options = grain.ReadOptions(num_threads=1, prefetch_buffer_size=2)
-    batches = shuffled[host::hosts].batch(batch // hosts).to_iter_dataset(options)
+    # drop_remainder: without it grain rounds the length of the endless data set in floating point, past what len() holds.
+    batches = shuffled[host::hosts].batch(batch // hosts, drop_remainder=True).to_iter_dataset(options)
     if workers:
         _mark_flags_parsed()
+        # Batches cross by pipe: in shared memory, grain's default, they outlive a killed trainer in /dev/shm.
+        batches = grain.experimental.WithOptionsIterDataset(
+            batches, grain.experimental.DatasetOptions(min_shm_size=sys.maxsize)
+        )
         batches = batches.mp_prefetch(
             grain.MultiprocessingOptions(num_workers=workers, per_worker_buffer_size=2), worker_init_fn=_end_with_parent
         )
