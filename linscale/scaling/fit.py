@@ -53,7 +53,7 @@ def as_json(ladder: runs.Ladder, fits: dict[str, laws.Fit], notes: list[str], op
     }
 
 
-def text(ladder: runs.Ladder, fits: dict[str, laws.Fit], notes: list[str], options: laws.Options) -> str:
+def as_text(ladder: runs.Ladder, fits: dict[str, laws.Fit], notes: list[str], options: laws.Options) -> str:
     by_name = {run.name: run for run in ladder.runs}
     lines = [
         f"L(C) = a C^b on the lower envelope of the {LOSS_NAMES[options.loss]}, nats per token.",
@@ -75,8 +75,6 @@ def text(ladder: runs.Ladder, fits: dict[str, laws.Fit], notes: list[str], optio
             f"  {theirs[0]:>8}  {theirs[1]:>8}"
         )
     lines += ["", "The paper's a is per token of its own tokenizer and corpus; compare b rather than a."]
-    if failed := {arch: fit.failed for arch, fit in fits.items() if fit.failed}:
-        lines.append("Draws that could not be fitted: " + ", ".join(f"{arch} {n}" for arch, n in failed.items()) + ".")
     return "\n".join(lines + [f"Note: {note}" for note in notes])
 
 
@@ -120,7 +118,7 @@ def main(argv: list[str]) -> int:
     fits, notes = laws.fit_ladder(ladder, options)
     if not fits:
         raise ConfigError(" ".join(["No architecture can be fitted.", *notes]))
-    print(text(ladder, fits, notes, options))
+    print(as_text(ladder, fits, notes, options))
     if arguments.json:
         content = json.dumps(as_json(ladder, fits, notes, options), indent=1)
         try:

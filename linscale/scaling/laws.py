@@ -11,7 +11,8 @@ Approach 1 of Hoffmann et al. (arXiv 2203.15556), as in the paper; what the pape
    No extrapolation: a run speaks only for the bins it has passed through.
 3. **Envelope.** The least loss of any run in each bin, from the compute at which a second run begins to speak (or the
    first ends, if that is earlier): before, a smaller model than any that was trained would be better, and the only
-   run's loss is too high for its compute, which would make b too steep.
+   run's loss is too high for its compute, which would make b too steep. A bin whose loss was reached with less
+   compute is no envelope and left out: there the better run has ended and the larger one has not yet caught up.
 4. **Law.** Least squares of log L on log C over the bins, each bin with equal weight. No irreducible loss.
 5. **Intervals.** The runs of the architecture are drawn again with replacement, and 3 and 4 repeated. A draw whose
    envelope has fewer than MIN_BINS bins cannot be fitted; it is counted as failed and left out. Percentiles 2.5 and
@@ -90,7 +91,9 @@ def fit_ladder(ladder: runs_.Ladder, options: Options = Options()) -> tuple[dict
             notes.append(str(error))
             continue
         if len(finished) < 4:
-            notes.append(f"{arch} has only {len(finished)} finished runs: its intervals are too narrow to be trusted.")
+            notes.append(f"{arch} has only {len(finished)} finished runs: its intervals cannot be trusted.")
+        if failed := fits[arch].failed:
+            notes.append(f"{failed} of {options.resamples} draws of the runs of {arch} could not be fitted.")
     return fits, notes
 
 
@@ -183,7 +186,7 @@ def local_line(at: np.ndarray, x: np.ndarray, y: np.ndarray) -> np.ndarray:
 
 
 def envelopes(loss_RG: np.ndarray, chosen_SR: np.ndarray) -> np.ndarray:
-    """[S, G]: the least log loss of the chosen runs in each bin, inf where none of them speaks and before rule 3."""
+    """[S, G]: the least log loss of the chosen runs in each bin, inf in bins that are none, see rule 3."""
     runs, bins = loss_RG.shape
     out_SG = np.full((len(chosen_SR), bins), np.inf)
     for chosen_S, row_G in zip(chosen_SR.T, loss_RG):
@@ -195,7 +198,10 @@ def envelopes(loss_RG: np.ndarray, chosen_SR: np.ndarray) -> np.ndarray:
     earliest_S = first_SR.argmin(1)
     second_S = np.partition(first_SR, 1, axis=1)[:, 1] if runs > 1 else np.full(len(out_SG), bins)
     from_S = np.where(second_S < bins, np.minimum(second_S, last_R[earliest_S]), 0)
-    return np.where(np.arange(bins) >= from_S[:, None], out_SG, np.inf)
+    out_SG = np.where(np.arange(bins) >= from_S[:, None], out_SG, np.inf)
+    before_SG = np.minimum.accumulate(out_SG, axis=1)
+    before_SG = np.concatenate([np.full((len(out_SG), 1), np.inf), before_SG[:, :-1]], axis=1)
+    return np.where(out_SG < before_SG, out_SG, np.inf)
 
 
 def least_squares(x_G: np.ndarray, y_SG: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

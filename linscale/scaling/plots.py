@@ -64,6 +64,12 @@ def power_of_ten(exponent: int) -> str:
     return "10" + str(exponent).translate(str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹"))
 
 
+def scientific(x: float) -> str:
+    """2e-10 -> '2·10⁻¹⁰', 1e-10 -> '10⁻¹⁰'."""
+    mantissa, exponent = f"{x:.0e}".split("e")
+    return ("" if mantissa == "1" else f"{mantissa}·") + power_of_ten(int(exponent))
+
+
 def law(fit: laws.Fit) -> str:
     return f"{fit.a:.3f} C^{fit.b:.4f}".replace("-", "\N{MINUS SIGN}")
 
@@ -199,7 +205,7 @@ def _thin(curve: Curve, most: int = 240) -> Curve:
     return Curve(curve.tokens[keep], curve.flops[keep], curve.loss[keep])
 
 
-def _decades(axes, label: str, between: float = 1.2) -> None:
+def _decades(axes, label: str, between: float = 1.7) -> None:
     axes.set_xscale("log")
     axes.set_xlabel(label)
     low, high = axes.get_xlim()
@@ -207,7 +213,7 @@ def _decades(axes, label: str, between: float = 1.2) -> None:
     axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: power_of_ten(round(np.log10(x)))))
     if np.log10(high / low) < between:  # few decades: name the values between
         axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5), numticks=15))
-        axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: short(x) if x >= 1 else f"{x:.0e}"))
+        axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: short(x) if x >= 1 else scientific(x)))
     axes.xaxis.set_minor_formatter(NullFormatter())
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from linscale.config import Config, ConfigError
 from linscale.scaling import laws, paper, plots, runs
-from linscale.scaling.fit import COMPUTE_NAMES, LOSS_NAMES, add_options, as_json, chosen, short
+from linscale.scaling.fit import COMPUTE_NAMES, LOSS_NAMES, add_options, as_json, as_text, chosen, short
 from linscale.scaling.flops import PF_DAY
 from linscale.scaling.page import Markup, chip, element, escape, figure, minus, page, power, table
 
@@ -19,24 +19,28 @@ NONE = "\N{EN DASH}"  # a cell without a value
 
 
 def main(argv: list[str]) -> int:
-    """Writes the report and prints the path of its page last. Raises ConfigError if there is nothing to report."""
+    """Writes the report, prints the laws and, last, the path of the page. ConfigError if there is nothing to report."""
     parser = argparse.ArgumentParser(
         prog="linscale report", description="Write an HTML report with plots of a ladder's runs and laws."
     )
     parser.add_argument("folder", help="output folder of a ladder; the report goes to FOLDER/report")
     add_options(parser)
     arguments = parser.parse_args(argv)
-    print(write(Path(arguments.folder), chosen(arguments)))
+    print(write(Path(arguments.folder), chosen(arguments), print))
     return 0
 
 
-def write(folder: Path, options: laws.Options = DEFAULTS) -> Path:
-    """Writes folder/report: index.html, PNG files, fit.json. Returns the path of index.html."""
+def write(folder: Path, options: laws.Options = DEFAULTS, say=lambda text: None) -> Path:
+    """Writes folder/report: index.html, PNG files, fit.json. Returns the path of index.html; says the laws as a table.
+
+    Without two finished runs of any architecture there are no laws, but still a report.
+    """
     ladder = runs.read([folder])
     begun = [run for run in ladder.runs if len(run.last)]
     if not begun:
         raise ConfigError(f"{folder} has no run with a logged loss; train first, with `linscale ladder` or `train`.")
     fits, notes = laws.fit_ladder(ladder, options)
+    say(as_text(ladder, fits, notes, options) if fits else "No law can be fitted. " + " ".join(notes))
     target = folder / "report"
     try:
         target.mkdir(exist_ok=True)
@@ -199,7 +203,10 @@ def _verdict(fits: dict[str, laws.Fit]) -> Markup:
         f"lowest fitted loss: {loss:.3f} nats per token, 95 % from {low:.3f} to {high:.3f}. "
     )
     if rivals:
-        return Markup(text + f"The bands of {' and '.join(plots.LABELS[arch] for arch in rivals)} overlap with it.")
+        names = " and ".join(plots.LABELS[arch] for arch in rivals)
+        return Markup(
+            text + (f"The bands of {names} overlap" if rivals[1:] else f"The band of {names} overlaps") + " with it."
+        )
     return Markup(text + "No other band overlaps with it.")
 
 
@@ -277,7 +284,7 @@ def _method(options: laws.Options) -> Markup:
         "Curves": f"{LOSS_NAMES[options.loss].capitalize()} of every finished run against compute, without the warm-up "
         f"(twice its length) and the first {laws.SKIP_SHARE:.0%} of a run's tokens; {smoothing}.",
         "Envelope": f"The least loss of any run in bins of {1 / laws.BINS_PER_DECADE:g} decade of compute, from where a "
-        "second run begins to speak.",
+        "second run begins to speak, without bins whose loss was reached with less compute.",
         "Law": "Least squares of log L on log C over the bins, without an irreducible loss, as in the paper.",
         "Intervals": f"{options.resamples:,} times the runs of an architecture are drawn again with replacement, and "
         f"envelope and law are made anew; 95 % percentiles (seed {options.seed}). They hold what the choice of runs "

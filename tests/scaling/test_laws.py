@@ -105,6 +105,13 @@ def test_envelope_begins_with_the_second_run():
     assert laws.envelopes(apart, np.ones((1, 2), bool))[0].tolist() == [inf, 0.9, inf, 0.5]
 
 
+def test_envelope_falls():
+    """Where the better run has ended and the larger one is still behind its end, there is no envelope."""
+    inf = np.inf
+    loss_RG = np.array([[1.0, 0.8, inf, inf, inf], [1.2, 1.1, 0.9, 0.8, 0.7]])
+    assert laws.envelopes(loss_RG, np.ones((1, 2), bool))[0].tolist() == [1.0, 0.8, inf, inf, 0.7]
+
+
 def test_units_shift_a_and_leave_b(tmp_path):
     """Compute in other units by a factor k: b stays, a becomes a k^b."""
     group = list(planted_ladder(tmp_path).runs)
