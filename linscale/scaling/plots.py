@@ -205,7 +205,7 @@ def _thin(curve: Curve, most: int = 240) -> Curve:
     return Curve(curve.tokens[keep], curve.flops[keep], curve.loss[keep])
 
 
-def _decades(axes, label: str, between: float = 1.7) -> None:
+def _decades(axes, label: str, between: float = 2.0) -> None:
     axes.set_xscale("log")
     axes.set_xlabel(label)
     low, high = axes.get_xlim()
