@@ -24,7 +24,7 @@ setup(
     install_requires=[
         "jax>=0.10",
         "flax>=0.12",
-        "optax>=0.2.5",
+        "optax>=0.2.6",
         "orbax-checkpoint>=0.12",
         "grain>=0.2.16",
         "ml-collections>=1.1",

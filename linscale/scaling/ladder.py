@@ -35,7 +35,9 @@ def main(argv: list[str]) -> int:
     configs = recipes.load_ladder(args.config, recipes.split(rest, "ladder"), args.only)
 
     run(configs, args.config)
-    print(fit_and_report(Path(configs[0].output)))
+    from linscale.scaling import report
+
+    print(report.write(Path(configs[0].output), say=print))
     return 0
 
 
@@ -122,12 +124,3 @@ def _names(output: Path, configs: list[Config]) -> list[str]:
     path, names = output / "ladder.json", [config.name for config in configs]
     old = json.loads(path.read_text())["runs"] if path.exists() else []
     return [name for name in old if name not in names and (output / name / "config.json").exists()] + names
-
-
-def fit_and_report(output: Path) -> Path:
-    """Writes <output>/report/ and returns the path of its page."""
-    from linscale.scaling import fit, report
-
-    fit.main([str(output)])
-    report.main([str(output)])
-    return output / "report" / "index.html"

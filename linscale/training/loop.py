@@ -8,6 +8,7 @@ of that step is begun; the evaluation of a step comes before its checkpoint; DON
 import functools
 import math
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import jax
 import jax.numpy as jnp
@@ -55,17 +56,16 @@ def train(config: Config, corpus=None, label: str = "", note=None) -> dict:
     # One device for now: a mesh and its shardings take the place of this line.
     sharding = jax.sharding.SingleDeviceSharding(jax.devices()[0])
     with checkpoint.open_folder(folder / "checkpoints", config.train.checkpoint_keep) as checkpointer:
-        init = functools.partial(step.init, config)
-        abstract = checkpoint.abstract_like(jax.eval_shape(init), sharding)
+        abstract = checkpoint.abstract_like(jax.eval_shape(functools.partial(step.init, config)), sharding)
+        restored = checkpoint.restore(checkpointer, abstract)
         say(f"{label}: compiling, {run['parameters']['total']:,} parameters on {jax.devices()[0].device_kind}")
-        train_step, eval_step = compile_steps(config, abstract, sharding)
-        first, state = 0, None
-        if restored := checkpoint.restore(checkpointer, abstract):
+        train_step, eval_step, first_state = compile_programs(config, abstract, sharding)
+        if restored:
             first, state, position = restored
             seek(batches, position, first, config)
             say(f"{label}: continues after step {first}")
         else:
-            state = jax.jit(init, out_shardings=sharding)()
+            first, state = 0, first_state()
 
         evaluations = eval_steps(config.steps, config.train.eval_count)
         log = metrics.Log(folder, config, run, first, peak(config))
@@ -98,23 +98,29 @@ def train(config: Config, corpus=None, label: str = "", note=None) -> dict:
         finally:
             progress.close()
             log.close()
+            batches.close()  # ends data workers
     return done
 
 
-def compile_steps(config: Config, abstract: step.TrainState, sharding):
-    """(train_step, eval_step), compiled ahead so that no step is slower than another. The state is donated."""
+def compile_programs(config: Config, abstract: step.TrainState, sharding):
+    """(train step, evaluation step, first state), compiled side by side and ahead, so that no step is a slow one.
+
+    The train step is given its state and donates it.
+    """
 
     def batch(rows):
         shape = (rows, config.train.sequence)
         kinds = {"tokens": jnp.int32, "labels": jnp.int32, "segment_ids": jnp.int32, "weights": jnp.float32}
         return {name: jax.ShapeDtypeStruct(shape, kind, sharding=sharding) for name, kind in kinds.items()}
 
-    train_step = jax.jit(functools.partial(step.train_step, config), donate_argnums=0)
-    eval_step = jax.jit(functools.partial(step.eval_step, config))
-    return (
-        train_step.lower(abstract, batch(config.train.batch)).compile(),
-        eval_step.lower(abstract.params, batch(eval_batch(config))).compile(),
+    train_step, eval_step, init = (functools.partial(f, config) for f in (step.train_step, step.eval_step, step.init))
+    lowered = (
+        jax.jit(train_step, donate_argnums=0).lower(abstract, batch(config.train.batch)),
+        jax.jit(eval_step).lower(abstract.params, batch(eval_batch(config))),
+        jax.jit(init, out_shardings=sharding).lower(),
     )
+    with ThreadPoolExecutor() as pool:
+        return tuple(pool.map(lambda program: program.compile(), lowered))
 
 
 def record(log: metrics.Log, progress: metrics.Progress, config: Config, n: int, measured: dict) -> None:

@@ -12,9 +12,9 @@ import optax
 
 from linscale.config import Config
 
-# Decay pulls a matrix toward zero, which only rescales what the following norm undoes. These are no such matrices:
-# they set positions, time constants and scales, and zero is a meaningful value of theirs.
-UNDECAYED = ("norm", "scale", "bias", "theta", "lower_bound", "gamma", "tpe")
+# Weight decay pulls these toward zero. The other parameters are norm scales, rotation angles (theta), lower bounds and
+# TPE coefficients, which set scales, positions and time constants: zero is a meaningful value of theirs, not a small one.
+DECAYED = ("kernel", "embedding")
 
 
 def schedule(config: Config):
@@ -44,17 +44,8 @@ def schedule(config: Config):
 
 
 def decay_mask(params):
-    """Tree of bools like params: True where weight decay applies, which is matrices and the embedding.
-
-    A leaf under "layers" has the layer as its first axis, which does not count as a dimension of the matrix.
-    """
-
-    def decays(path, leaf):
-        names = [str(getattr(key, "key", getattr(key, "name", key))) for key in path]
-        dims = leaf.ndim - ("layers" in names)
-        return dims >= 2 and not any(part in name for name in names for part in UNDECAYED)
-
-    return jax.tree_util.tree_map_with_path(decays, params)
+    """Tree of bools like params: True for every matrix and the embedding, by the last name on the leaf's path."""
+    return jax.tree_util.tree_map_with_path(lambda path, _: path[-1].key in DECAYED, params)
 
 
 def make(config: Config) -> optax.GradientTransformation:

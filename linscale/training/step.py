@@ -59,7 +59,7 @@ def train_step(config: Config, state: TrainState, batch: dict) -> tuple[TrainSta
     updates, opt_state = optimizer.make(config).update(grads, state.opt_state, state.params)
     metrics = {
         "loss": nats / weights,
-        "grad_norm": optax.global_norm(grads),
+        "grad_norm": optax.tree.norm(grads),
         "lr": optimizer.schedule(config)(state.step),
     }
     return TrainState(optax.apply_updates(state.params, updates), opt_state, state.step + 1), metrics

@@ -1,0 +1,62 @@
+"""SIGKILL at a random step, then the same command again: the metrics must equal an undisturbed run's bit for bit."""
+
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+STEPS = 600
+
+
+@pytest.fixture
+def command(recipe, options):
+    def build(output, workers):
+        changes = {"output": output, "data.workers": workers, "train.steps": STEPS, "train.checkpoint_every": 37}
+        overrides = [f"--config.{field}={value}" for field, value in changes.items()]
+        return [sys.executable, "-m", "linscale", "train", f"--config={recipe}:tnl", *options, *overrides]
+
+    return build
+
+
+def lines(output) -> int:
+    path = output / "tnl" / "metrics.jsonl"
+    return path.read_bytes().count(b"\n") if path.exists() else 0
+
+
+def kill_after(command, output, more: int) -> bool:
+    """Starts the command, kills it once it has written so many lines more; False if it ended before."""
+    before = lines(output)
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True)
+    deadline = time.monotonic() + 120
+    while process.poll() is None and time.monotonic() < deadline and not before < lines(output) >= before + more:
+        time.sleep(0.002)
+    if process.poll() is not None:
+        return False
+    os.kill(process.pid, signal.SIGKILL)
+    process.wait()
+    return True
+
+
+def check(command, exact, tmp_path, kills: int, workers: tuple[int, ...], seed: int):
+    subprocess.run(command(tmp_path / "whole", 0), check=True, capture_output=True)
+    whole = exact(tmp_path / "whole" / "tnl")
+    assert len(whole) == STEPS // 2 + 4
+    for n in workers:
+        output, moment = tmp_path / f"killed{n}", random.Random(seed + n)
+        killed = sum(kill_after(command(output, n), output, moment.randrange(1, STEPS // 3)) for _ in range(kills))
+        subprocess.run(command(output, n), check=True, capture_output=True)
+        assert killed and exact(output / "tnl") == whole
+
+
+def test_one_kill(command, exact, tmp_path):
+    check(command, exact, tmp_path, kills=1, workers=(0, 2), seed=0)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", range(3))
+def test_many_kills(command, exact, tmp_path, seed):
+    check(command, exact, tmp_path, kills=6, workers=(0, 2), seed=seed)
