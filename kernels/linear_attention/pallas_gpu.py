@@ -1,0 +1,202 @@
+"""Linear attention on Hopper GPUs: which kernel serves, spans of a sequence, documents, and the gradients.
+
+The kernels (`pallas_gpu_scalar`) walk a sequence chunk by chunk with the float32 state on chip. Where batch x heads
+would leave most of the chip idle, the sequence is cut into spans: one more pass over keys and values finds what each
+span adds to the state, a few small operations give the state before each span, and all spans then run side by side.
+
+Letters: B batch, T tokens, H heads, K key channels, V value channels, N spans, C tokens of a chunk.
+"""
+
+import functools
+import math
+
+import jax
+import jax.numpy as jnp
+from jax.custom_derivatives import SymbolicZero
+
+from linscale.kernels.linear_attention import chunked
+from linscale.kernels.linear_attention.reference import document_starts
+
+MULTIPROCESSORS = 132  # of an H100 or H200
+CHANNELS = (64, 128)
+
+
+def refusal(q, k, v, log_decay, phase) -> str | None:
+    """Why these kernels cannot serve the call, as the end of a sentence; None if they can."""
+    if not on_hopper():
+        return f"it needs a Hopper GPU (compute capability 9.0) and jax >= 0.11; this is {_device()}"
+    return unsupported(q, k, v, log_decay, phase)
+
+
+def unsupported(q, k, v, log_decay, phase) -> str | None:
+    if q.dtype != jnp.bfloat16:
+        return f"it takes bfloat16 q, k and v, and these are {q.dtype}"
+    if q.shape[-1] not in CHANNELS or v.shape[-1] not in CHANNELS:
+        return f"it takes 64 or 128 channels a head, and q has {q.shape[-1]}, v {v.shape[-1]}"
+    if phase is not None:
+        return "it has no kernel for phase yet"
+    if log_decay is not None and log_decay.ndim == 4:
+        return "it has no kernel for vector decay yet"
+    return None
+
+
+@functools.cache
+def on_hopper() -> bool:
+    if tuple(int(x) for x in jax.__version__.split(".")[:2]) < (0, 11):
+        return False
+    return jax.default_backend() == "gpu" and getattr(jax.devices()[0], "compute_capability", "") == "9.0"
+
+
+def _device() -> str:
+    return f"{jax.devices()[0].device_kind} with jax {jax.__version__}"
+
+
+def pallas_gpu(q, k, v, log_decay, phase, initial_state, segment_ids):
+    """Arguments and results as `api.linear_attention`."""
+    K, V = q.shape[-1], v.shape[-1]
+    if log_decay is None:
+        log_decay = jnp.zeros(q.shape[2], jnp.float32)
+    if (K, V) != (128, 128):  # the kernels are written for 128: the copies below cost time, not exactness
+        q, k = (jnp.pad(x, [(0, 0)] * 3 + [(0, 128 - K)]) for x in (q, k))
+        v = jnp.pad(v, [(0, 0)] * 3 + [(0, 128 - V)])
+        if initial_state is not None:
+            initial_state = jnp.pad(initial_state, [(0, 0)] * 2 + [(0, 128 - K), (0, 128 - V)])
+    if initial_state is not None:
+        initial_state = initial_state.astype(jnp.float32)
+    tokens = q.shape[1]
+    if tokens % 8:  # the copy engine's tiles are 8 tokens high
+        q, k, v = (jnp.pad(x, [(0, 0), (0, -tokens % 8), (0, 0), (0, 0)]) for x in (q, k, v))
+        if segment_ids is not None:
+            segment_ids = jnp.pad(segment_ids, [(0, 0), (0, -tokens % 8)], mode="edge")
+    out, state = _scalar(tokens, q, k, v, log_decay, initial_state, segment_ids)
+    return out[:, :tokens, :, :V], state[..., :K, :V]
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _scalar(tokens, q, k, v, log_decay, initial_state, segment_ids):
+    return _scalar_values(tokens, q, k, v, log_decay, initial_state, segment_ids)[:2]
+
+
+def _scalar_values(tokens, q, k, v, log_decay, initial_state, segment_ids):
+    """out, the last state, and the state before each span (None where it is zero)."""
+    from linscale.kernels.linear_attention import pallas_gpu_scalar as kernels
+
+    rate = _rate(log_decay)
+    spans = choose_spans(q.shape[0] * q.shape[2], q.shape[1])
+    docs = _documents(segment_ids, q, spans)
+    before = None if initial_state is None else initial_state[:, None]
+    if spans > 1:
+        added = kernels.states(k, v, rate, docs, tokens=tokens, spans=spans)
+        before = _chain(initial_state, added, _survival(rate, docs, tokens, spans))
+    out, after = kernels.forward(q, k, v, rate, before, docs, tokens=tokens, spans=spans)
+    return out, after[:, -1], before
+
+
+def _scalar_forward(tokens, *args):
+    q, k, v, log_decay, initial_state, segment_ids = jax.tree.map(
+        lambda x: x.value, args, is_leaf=lambda x: hasattr(x, "perturbed")
+    )
+    learned = args[3].perturbed
+    out, state, before = _scalar_values(tokens, q, k, v, log_decay, initial_state, segment_ids)
+    return (out, state), (q, k, v, log_decay, initial_state, segment_ids, before, () if learned else None)
+
+
+def _scalar_backward(tokens, residuals, cotangents):
+    from linscale.kernels.linear_attention import pallas_gpu_scalar as kernels
+
+    q, k, v, log_decay, initial_state, segment_ids, before, learned = residuals
+    d_out, d_state = cotangents
+    d_out = jnp.zeros(v.shape, v.dtype) if isinstance(d_out, SymbolicZero) else d_out.astype(v.dtype)
+    d_state = None if isinstance(d_state, SymbolicZero) else d_state
+    rate = _rate(log_decay)
+    spans = choose_spans(q.shape[0] * q.shape[2], q.shape[1])
+    docs = _documents(segment_ids, q, spans)
+
+    turned = None if before is None else jnp.swapaxes(before, -1, -2)
+    dq, _ = kernels.forward(d_out, v, k, rate, turned, docs, tokens=tokens, spans=spans, final=False)
+
+    d_after = None if d_state is None else jnp.swapaxes(d_state, -1, -2)
+    if spans == 1:
+        d_after = None if d_after is None else d_after[:, None]
+    else:
+        added = kernels.states(d_out, q, rate, docs, tokens=tokens, spans=spans, reverse=True)
+        d_after = _chain(d_after, added, _survival(rate, docs, tokens, spans), reverse=True)
+    dk, dv, d_before = kernels.backward_kv(
+        q, k, v, d_out, rate, d_after, docs, tokens=tokens, spans=spans, initial=initial_state is not None
+    )
+    d_initial = None if initial_state is None else jnp.swapaxes(d_before[:, 0], -1, -2)
+
+    d_log_decay = None
+    if learned is not None:  # TNL's decay is fixed; where it is learned, its gradient goes through XLA
+        ids = None if segment_ids is None else segment_ids[:, :tokens]
+        q, k, v, d_out = (x[:, :tokens] for x in (q, k, v, d_out))
+        (_, state), pullback = jax.vjp(lambda g: chunked.chunked(q, k, v, g, None, initial_state, ids), log_decay)
+        (d_log_decay,) = pullback((d_out, jnp.zeros_like(state) if d_state is None else d_state))
+    return dq, dk, dv, d_log_decay, d_initial, None
+
+
+_scalar.defvjp(_scalar_forward, _scalar_backward, symbolic_zeros=True)
+
+
+def _rate(log_decay):
+    """log2 of the decay a token; bounded, because minus infinity times an age of 0 would be NaN."""
+    return jnp.maximum(log_decay.astype(jnp.float32), -1e4) * math.log2(math.e)
+
+
+def choose_spans(rows: int, tokens: int) -> int:
+    """How many spans to cut a sequence into, for `rows` = batch x heads, by the traffic of the forward pass."""
+    chunks = -(-tokens // 64)
+    best, best_cost = 1, math.inf
+    for spans in range(1, max(1, min(chunks // 8, 2 * MULTIPROCESSORS // rows)) + 1):
+        spans = -(-chunks // -(-chunks // spans))  # no span without a chunk
+        waves = -(-rows * spans // MULTIPROCESSORS)
+        cost = (4 if spans == 1 else 6) * waves * -(-chunks // spans)
+        if cost < 0.95 * best_cost:
+            best, best_cost = spans, cost
+    return best
+
+
+def _documents(segment_ids, q, spans):
+    """What the kernels need to know of documents, [B,chunks,5,C] float32, in the order of pallas_gpu_scalar."""
+    if segment_ids is None:
+        return None
+    C = 64
+    B, T = segment_ids.shape
+    chunks = -(-(-(-T // C)) // spans) * spans
+    begun = jnp.cumsum(document_starts(segment_ids, q), axis=1)
+    begun = jnp.pad(begun, ((0, 0), (0, chunks * C - T)), mode="edge").reshape(B, chunks, C)
+    last = begun[..., -1:]
+    before = jnp.pad(last[:, :-1], ((0, 0), (1, 0), (0, 0)))  # the first token starts no document
+    earlier = begun[..., None, :] < begun[..., :, None]
+    rows = (
+        earlier.sum(-1),
+        C - 1 - jnp.swapaxes(earlier, -1, -2).sum(-1),
+        begun == before,
+        begun == last,
+        jnp.broadcast_to(before == last, begun.shape),
+    )
+    return jnp.stack([r.astype(jnp.float32) for r in rows], axis=2)
+
+
+def _survival(rate, docs, tokens, spans):
+    """What is left of a state across each span: [B or 1,N,H]."""
+    length = -(-(-(-tokens // 64)) // spans) * 64
+    here = jnp.clip(tokens - length * jnp.arange(spans), 0, length).astype(jnp.float32)
+    kept = jnp.exp2(rate * here[:, None])[None]
+    if docs is not None:
+        kept = kept * docs[:, :, 4, 0].reshape(docs.shape[0], spans, -1).min(-1)[..., None]
+    return kept
+
+
+def _chain(state, added, kept, reverse=False):
+    """The state before each span from what spans add, [B,N,H,.,.]; with `reverse`, from the end."""
+    if state is None:
+        state = jnp.zeros_like(added[:, 0])
+
+    def body(state, x):
+        add, keep = x
+        return keep[..., None, None] * state + add, state
+
+    kept = jnp.broadcast_to(kept, added.shape[:3])
+    _, before = jax.lax.scan(body, state, (jnp.moveaxis(added, 1, 0), jnp.moveaxis(kept, 1, 0)), reverse=reverse)
+    return jnp.moveaxis(before, 0, 1)
