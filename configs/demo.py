@@ -14,9 +14,9 @@ from linscale.config import base
 SIZES = {
     "14k": (1, 32, 96, 300),
     "28k": (1, 48, 128, 400),
-    "57k": (2, 48, 128, 600),
-    "155k": (3, 64, 176, 700),
-    "450k": (4, 96, 256, 700),
+    "57k": (2, 48, 128, 500),
+    "155k": (3, 64, 176, 550),
+    "450k": (4, 96, 256, 800),
 }
 ARCHITECTURES = ("llama", "tnl", "hgrn2", "cosformer2")
 RUNGS = tuple(f"{arch}-{size}" for size in SIZES for arch in ARCHITECTURES)
@@ -36,7 +36,7 @@ def get_config(rung: str):
     config.model.init_std = 0.06  # the paper's 0.02 is for widths of 512 and more
 
     config.data.max_tokens = 4_000_000  # about a third of the standard library
-    config.data.heldout_tokens = 16_384
+    config.data.heldout_tokens = 32_768
 
     config.train.batch = 4
     config.train.sequence = 128

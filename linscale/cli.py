@@ -4,6 +4,7 @@ Only the module of the chosen subcommand is imported, so that `linscale --help` 
 Exit codes: 0 done, 1 training diverged, 2 something the user gave cannot work, 130 interrupted from the keyboard.
 """
 
+import contextlib
 import errno
 import importlib
 import logging
@@ -40,14 +41,11 @@ def main(argv: list[str] | None = None) -> int:
     if argv[0] in ("-V", "--version"):
         print(linscale.__version__)
         return 0
-    logger = logging.getLogger("linscale")  # which kernel runs, said once by the kernels
-    logger.setLevel(logging.INFO)
-    if not logger.handlers:
-        logger.addHandler(logging.StreamHandler())
     try:
         if argv[0] not in COMMANDS:
             raise ConfigError(f"{argv[0]!r} is not a command; it must be one of {', '.join(COMMANDS)}.")
-        return importlib.import_module(COMMANDS[argv[0]][0]).main(argv[1:])
+        with _log_on_stderr():
+            return importlib.import_module(COMMANDS[argv[0]][0]).main(argv[1:])
     except (ConfigError, OSError, FloatingPointError) as error:
         if os.environ.get("LINSCALE_TRACEBACK"):
             raise
@@ -56,6 +54,22 @@ def main(argv: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("\nlinscale: interrupted; the same command again continues from the last checkpoint.", file=sys.stderr)
         return 130
+
+
+@contextlib.contextmanager
+def _log_on_stderr():
+    """Shows what the package logs, as which kernel runs, without the prefixes and copies of absl's root handler."""
+    logger, handler = logging.getLogger("linscale"), logging.StreamHandler()
+    before = logger.level, logger.propagate
+    logger.setLevel(logging.INFO)
+    logger.propagate = False
+    logger.addHandler(handler)
+    try:
+        yield
+    finally:
+        logger.removeHandler(handler)
+        logger.setLevel(before[0])
+        logger.propagate = before[1]
 
 
 def _sentence(error: Exception) -> str:
