@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 from jax.custom_derivatives import SymbolicZero
 
-from linscale.kernels.linear_attention import chunked
+from linscale.kernels.linear_attention import chunked, pallas_gpu_phase
 from linscale.kernels.linear_attention.reference import document_starts
 
 MULTIPROCESSORS = 132  # of an H100 or H200
@@ -33,10 +33,6 @@ def unsupported(q, k, v, log_decay, phase) -> str | None:
         return f"it takes bfloat16 q, k and v, and these are {q.dtype}"
     if q.shape[-1] not in CHANNELS or v.shape[-1] not in CHANNELS:
         return f"it takes 64 or 128 channels a head, and q has {q.shape[-1]}, v {v.shape[-1]}"
-    if phase is not None:
-        return "it has no kernel for phase yet"
-    if log_decay is not None and log_decay.ndim == 4:
-        return "it has no kernel for vector decay yet"
     return None
 
 
@@ -53,23 +49,58 @@ def _device() -> str:
 
 def pallas_gpu(q, k, v, log_decay, phase, initial_state, segment_ids):
     """Arguments and results as `api.linear_attention`."""
-    K, V = q.shape[-1], v.shape[-1]
+    if phase is not None:
+        run = lambda q, k, v, state: _any_shape(q, k, v, None, state, segment_ids)  # noqa: E731
+        return pallas_gpu_phase.with_phase(q, k, v, phase, initial_state, segment_ids, run)
+    return _any_shape(q, k, v, log_decay, initial_state, segment_ids)
+
+
+def _any_shape(q, k, v, log_decay, initial_state, segment_ids):
+    """The kernels are written for 128 channels and tokens in eights; the copies cost time, not exactness."""
+    tokens, K, V = q.shape[1], q.shape[-1], v.shape[-1]
+    widen = lambda x, to: _pad(x, [(0, 0), (0, -tokens % 8), (0, 0), (0, to - x.shape[-1])])  # noqa: E731
+    q, v = widen(q, 128), widen(v, 128)
+    k = None if k is None else widen(k, 128)
+    if initial_state is not None:
+        initial_state = _pad(initial_state.astype(jnp.float32), [(0, 0), (0, 0), (0, 128 - K), (0, 128 - V)])
+    if segment_ids is not None:
+        segment_ids = _pad(segment_ids, [(0, 0), (0, -tokens % 8)], mode="edge")
     if log_decay is None:
         log_decay = jnp.zeros(q.shape[2], jnp.float32)
-    if (K, V) != (128, 128):  # the kernels are written for 128: the copies below cost time, not exactness
-        q, k = (jnp.pad(x, [(0, 0)] * 3 + [(0, 128 - K)]) for x in (q, k))
-        v = jnp.pad(v, [(0, 0)] * 3 + [(0, 128 - V)])
-        if initial_state is not None:
-            initial_state = jnp.pad(initial_state, [(0, 0)] * 2 + [(0, 128 - K), (0, 128 - V)])
-    if initial_state is not None:
-        initial_state = initial_state.astype(jnp.float32)
-    tokens = q.shape[1]
-    if tokens % 8:  # the copy engine's tiles are 8 tokens high
-        q, k, v = (jnp.pad(x, [(0, 0), (0, -tokens % 8), (0, 0), (0, 0)]) for x in (q, k, v))
-        if segment_ids is not None:
-            segment_ids = jnp.pad(segment_ids, [(0, 0), (0, -tokens % 8)], mode="edge")
-    out, state = _scalar(tokens, q, k, v, log_decay, initial_state, segment_ids)
+    if log_decay.ndim == 4:
+        out, state = _vector(q, k, v, widen(log_decay, 128), initial_state, segment_ids)
+    else:
+        out, state = _scalar(tokens, q, k, v, log_decay, initial_state, segment_ids)
     return out[:, :tokens, :, :V], state[..., :K, :V]
+
+
+def _pad(x, widths, **kw):
+    return jnp.pad(x, widths, **kw) if any(w != (0, 0) for w in widths) else x
+
+
+@jax.custom_vjp
+def _vector(q, k, v, log_decay, initial_state, segment_ids):
+    from linscale.kernels.linear_attention import pallas_gpu_vector as kernels
+
+    if segment_ids is not None:  # a gate that lets nothing through, before a document's first token
+        k = (-jnp.expm1(log_decay.astype(jnp.float32))).astype(q.dtype) if k is None else k
+        log_decay = jnp.where(document_starts(segment_ids, q)[..., None, None], -jnp.inf, log_decay)
+    return kernels.forward(q, k, v, log_decay, initial_state)
+
+
+def _vector_forward(*args):
+    return _vector(*args), args
+
+
+def _vector_backward(args, cotangents):
+    """Through XLA, which forms the chunks' scores again."""
+    *args, segment_ids = args
+    run = lambda q, k, v, g, state: chunked.chunked(q, k, v, g, None, state, segment_ids)  # noqa: E731
+    _, pullback = jax.vjp(run, *args)
+    return *pullback(tuple(cotangents)), None
+
+
+_vector.defvjp(_vector_forward, _vector_backward)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -156,13 +187,17 @@ def choose_spans(rows: int, tokens: int) -> int:
     return best
 
 
+def chunks_of_a_span(tokens: int, spans: int) -> int:
+    return math.ceil(math.ceil(tokens / 64) / spans)
+
+
 def _documents(segment_ids, q, spans):
     """What the kernels need to know of documents, [B,chunks,5,C] float32, in the order of pallas_gpu_scalar."""
     if segment_ids is None:
         return None
     C = 64
     B, T = segment_ids.shape
-    chunks = -(-(-(-T // C)) // spans) * spans
+    chunks = chunks_of_a_span(T, spans) * spans
     begun = jnp.cumsum(document_starts(segment_ids, q), axis=1)
     begun = jnp.pad(begun, ((0, 0), (0, chunks * C - T)), mode="edge").reshape(B, chunks, C)
     last = begun[..., -1:]
@@ -180,7 +215,7 @@ def _documents(segment_ids, q, spans):
 
 def _survival(rate, docs, tokens, spans):
     """What is left of a state across each span: [B or 1,N,H]."""
-    length = -(-(-(-tokens // 64)) // spans) * 64
+    length = chunks_of_a_span(tokens, spans) * 64
     here = jnp.clip(tokens - length * jnp.arange(spans), 0, length).astype(jnp.float32)
     kept = jnp.exp2(rate * here[:, None])[None]
     if docs is not None:

@@ -15,6 +15,7 @@ Letters: B batch, T tokens, H heads, K key channels, V value channels, N spans, 
 """
 
 import functools
+import math
 
 import jax
 import jax.numpy as jnp
@@ -92,7 +93,7 @@ class _Walk:
 
     def __init__(self, tokens, spans):
         self.tokens = tokens
-        self.chunks = -(-(-(-tokens // C)) // spans)  # of one span
+        self.chunks = math.ceil(math.ceil(tokens / C) / spans)  # of one span
         self.whole = self.chunks * C * spans == tokens
 
     def start(self, span, t, reverse=False):
@@ -453,7 +454,7 @@ def _call(body, name, out_type, scratch, grid):
         out_type=out_type,
         scratch_types=scratch,
         grid=grid,
-        grid_names=("b", "n", "h"),
+        grid_names=("b", "n", "h") if len(grid) == 3 else ("b", "h"),
         num_threads=3,
         thread_name="wg",
         compiler_params=plgpu.CompilerParams(**_PARAMS),

@@ -1,0 +1,120 @@
+"""What Pallas cannot say about rows of a [64, n] register array: exchange between rows, and products of row tiles.
+
+A warpgroup holds such an array as wgmma does: warp w has rows 16w to 16w+15; lane l has rows l/4 and l/4+8 of them and,
+of every eight columns, the two at 2(l%4). A row's partner at distance 1, 2 or 4 is therefore 4, 8 or 16 lanes away, at
+distance 8 in the same lane, and beyond in another warp. The same registers are valid operands of the warps' own matrix
+product (mma.sync), so that a warp multiplies its 16 rows with one another without moving data.
+"""
+
+import jax.numpy as jnp
+import numpy as np
+from jax.experimental.mosaic import gpu as mgpu
+from jax.experimental.mosaic.gpu import utils
+from jax.experimental.pallas import mosaic_gpu as plgpu
+from jaxlib.mlir import ir
+from jaxlib.mlir.dialects import arith, llvm, vector
+
+F32 = jnp.float32
+ROWS = plgpu.Layout.WGMMA
+
+
+def _type(shape, dtype=F32):
+    return plgpu.ShapeDtypeStruct(shape, dtype, layout=ROWS)
+
+
+def _like(registers, shape, layout):
+    registers = np.asarray(registers, dtype=object).reshape(layout.registers_shape(shape))
+    return mgpu.FragmentedArray(_registers=registers, _layout=layout, _is_signed=None)
+
+
+def partner_rows(x, distance):
+    """Row i of the result is row i ^ distance of x; distance is 1, 2, 4 or 8."""
+
+    @plgpu.inline_mgpu(arg_types=(ROWS,), return_type=_type(x.shape))
+    def exchange(_, x):
+        registers = x.registers.reshape(-1, 2)
+        if distance == 8:
+            registers = registers[:, ::-1]
+        else:
+            registers = [utils.shfl_bfly(r, 4 * distance) for r in registers.flatten()]
+        return _like(registers, x.shape, x.layout)
+
+    return exchange(x)
+
+
+def tile_products(total, a, b):
+    """total [64,16] + each 16-row tile of a times the transpose of the same tile of b; a and b [64,n] bfloat16."""
+
+    @plgpu.inline_mgpu(arg_types=(ROWS, ROWS, ROWS), return_type=_type((64, 16)))
+    def product(_, total, a, b):
+        i32, f32 = ir.IntegerType.get_signless(32), ir.F32Type.get()
+        words = lambda x: np.asarray([utils.bitcast(r, i32) for r in x.registers.flatten()]).reshape(-1, 2)  # noqa: E731
+        a_words, b_words = words(a), words(b)
+        sums = [vector.extract(r, [], [i]) for r in total.registers.flatten() for i in range(2)]
+        for step in range(a.shape[1] // 16):
+            low, high = 2 * step, 2 * step + 1  # octets of columns
+            lhs = [a_words[low, 0], a_words[low, 1], a_words[high, 0], a_words[high, 1]]
+            for half in range(2):  # the tile's first or last eight rows of b
+                rhs = [b_words[low, half], b_words[high, half]]
+                result = llvm.inline_asm(
+                    llvm.StructType.get_literal([f32] * 4),
+                    [*lhs, *rhs, *sums[4 * half : 4 * half + 4]],
+                    "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32"
+                    " {$0,$1,$2,$3}, {$4,$5,$6,$7}, {$8,$9}, {$10,$11,$12,$13};",
+                    "=f,=f,=f,=f,r,r,r,r,r,r,f,f,f,f",
+                    has_side_effects=False,
+                )
+                sums[4 * half : 4 * half + 4] = [llvm.extractvalue(f32, result, [i]) for i in range(4)]
+        pairs = [vector.from_elements(ir.VectorType.get((2,), f32), sums[i : i + 2]) for i in range(0, 8, 2)]
+        return _like(pairs, (64, 16), total.layout)
+
+    return product(total, a, b)
+
+
+def repeat_columns(x):
+    """[64,16] -> [64,64], the sixteen columns four times."""
+
+    @plgpu.inline_mgpu(arg_types=(ROWS,), return_type=_type((64, 64)))
+    def repeat(_, x):
+        return _like(np.tile(x.registers.reshape(-1, 2), (4, 1)), (64, 64), x.layout)
+
+    return repeat(x)
+
+
+def _place():
+    """The warp's number in its warpgroup, and the first of the lane's two columns in every eight, as indices."""
+    i32, index = ir.IntegerType.get_signless(32), ir.IndexType.get()
+    thread = utils.thread_idx()
+    warp = arith.remui(arith.divui(thread, utils.c(32, i32)), utils.c(4, i32))
+    column = arith.muli(arith.remui(thread, utils.c(4, i32)), utils.c(2, i32))
+    return arith.index_cast(index, warp), arith.index_cast(index, column)
+
+
+def put_tile_rows(x, ref):
+    """Writes one row of each 16-row tile of x [64,n], whose rows must be alike within a tile, to ref [4,n] float32."""
+
+    @plgpu.inline_mgpu(arg_types=(ROWS, plgpu.RefType()), return_type=None)
+    def put(_, x, ref):
+        warp, column = _place()
+        for octet, registers in enumerate(x.registers.reshape(-1, 2)):
+            at = arith.addi(column, utils.c(8 * octet, ir.IndexType.get()))
+            vector.store(registers[0], ref, [warp, at])
+
+    put(x, ref)
+
+
+def get_tile_rows(ref, distance, n):
+    """[64,n]: the row of ref [4,n] that the tile at this distance (exclusive or) wrote."""
+
+    @plgpu.inline_mgpu(arg_types=(plgpu.RefType(),), return_type=_type((64, n)))
+    def get(_, ref):
+        warp, column = _place()
+        index = ir.IndexType.get()
+        warp = arith.xori(warp, utils.c(distance, index))
+        registers = []
+        for octet in range(n // 8):
+            at = arith.addi(column, utils.c(8 * octet, index))
+            registers += [vector.load(ir.VectorType.get((2,), ir.F32Type.get()), ref, [warp, at])] * 2
+        return _like(registers, (64, n), ROWS.to_mgpu())
+
+    return get(ref)

@@ -1,0 +1,220 @@
+"""Linear attention with one decay per token and channel on Hopper GPUs, forward: Pallas Mosaic GPU, state on chip.
+
+Exact for any gate: exponents above zero, and quotients of gates, are never formed (design: recursive halving). A chunk
+of 64 tokens is halved six times; where a query in an upper half meets a key in the lower half, both are weighted with
+products of gates up to the boundary between them. The products are built bottom up, one multiplication a level, from
+one exponential per element. Levels inside 16 tokens stay in registers and use the warps' own matrix product; the two
+levels above use wgmma.
+
+Each of the two computing warpgroups weights half of the key channels, and owns half of the value channels and of the
+state. Twice a chunk they wait for each other.
+
+Letters: B batch, T tokens, H heads, K key channels, V value channels, N spans, C tokens of a chunk.
+"""
+
+import math
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from linscale.kernels.linear_attention import pallas_gpu_rows as rows
+from linscale.kernels.linear_attention.pallas_gpu_scalar import BF, F32, ROWS, C, _along_rows, _call, load, load_global
+
+SLICE = 32  # channels weighted at a time: what registers hold
+TILE = 16
+SHARED = 232448 - 1024
+
+
+def tiles(dtype=BF):
+    return (plgpu.TilingTransform((8, SLICE)), plgpu.SwizzleTransform(SLICE * jnp.dtype(dtype).itemsize))
+
+
+def _iota(shape, dimension):
+    return plgpu.broadcasted_iota(jnp.int32, shape, dimension, layout=ROWS)
+
+
+def forward(q, k, v, log_decay, initial, *, stages=2):
+    """out [B,T,H,V] and the last state [B,H,K,V]. k may be None: 1 - exp(log_decay). log_decay float32 or bfloat16."""
+    B, T, H, K = q.shape
+    V = v.shape[-1]
+    half = V // 2
+    chunks = math.ceil(T / C)
+    start_state = initial is not None
+    tied = k is None
+    g_type = log_decay.dtype
+    per_stage = C * (K * (2 if tied else 4) + 2 * V + K * jnp.dtype(g_type).itemsize)
+    fixed = 2 * C * K * (3 if tied else 2) + 2 * K * V + 2 * C * V + 2 * C * TILE * 4 + K * 4 + 2 * 4 * SLICE * 4
+    stages = max(1, min(stages, chunks, (SHARED - fixed) // per_stage))
+
+    def body(*refs):
+        refs = list(refs)
+        q_g = refs.pop(0)
+        k_g = None if tied else refs.pop(0)
+        v_g, g_g = refs.pop(0), refs.pop(0)
+        initial_g = refs.pop(0) if start_state else None
+        o_g, final_g, q_s, v_s, g_s, k_s, x16_s, x32_s, s_s, o_s, tile_s, whole_s, total_s, full, empty, ready, free = (
+            refs
+        )
+        b, h, wg = (lax.axis_index(a) for a in ("b", "h", "wg"))
+
+        def weigh(slot, wg):
+            """Weights this warpgroup's channels; returns its share of the scores inside tiles of 16, [64,16]."""
+            row = _iota((C, SLICE), 0)
+            levels = [plgpu.layout_cast(jnp.zeros((C, TILE), F32), ROWS) for _ in range(5)]
+            for part in range(K // 2 // SLICE):
+                mine = pl.ds(wg * (K // 2) + part * SLICE, SLICE)
+                keys = k_s if tied else k_s.at[slot]
+                g = load(g_s.at[slot, :, mine]).astype(F32)
+                a = jnp.exp(g)
+                q = load(q_s.at[slot, :, mine]).astype(F32)
+                if tied:  # near zero the difference would lose digits
+                    k = jnp.where(g > -0.02, -g * (1.0 + g * (0.5 + g * (1.0 / 6.0))), 1.0 - a)
+                else:
+                    k = load(keys.at[:, mine]).astype(F32)
+                levels[0] = rows.tile_products(levels[0], q.astype(BF), k.astype(BF))
+                # Products inside blocks of `size` tokens: first to token, after token to last, and of all.
+                to_token, after_token, whole, size = a, None, a, 1
+                for level in range(6):
+                    upper = lax.rem(lax.div(row, jnp.int32(size)), jnp.int32(2)) == 1
+                    key = k if after_token is None else k * after_token
+                    x = jnp.where(upper, q * to_token, key).astype(BF)
+                    if size < TILE:
+                        levels[1 + level] = rows.tile_products(levels[1 + level], x, x)
+                        partner = rows.partner_rows(whole, size)
+                    else:
+                        (x16_s if size == 16 else x32_s).at[:, mine][...] = x
+                        if size == 16:
+                            rows.put_tile_rows(whole, whole_s.at[wg])
+                            plgpu.commit_smem()
+                            partner = rows.get_tile_rows(whole_s.at[wg], 1, SLICE)
+                        else:
+                            partner = rows.get_tile_rows(whole_s.at[wg], 2, SLICE)
+                            partner = partner * rows.get_tile_rows(whole_s.at[wg], 3, SLICE)
+                    to_token = jnp.where(upper, to_token * partner, to_token)
+                    if after_token is None:
+                        after_token = jnp.where(upper, 1.0, partner)
+                    else:
+                        after_token = jnp.where(upper, after_token, after_token * partner)
+                    whole = whole * partner
+                    size *= 2
+                q_s.at[slot, :, mine][...] = (q * to_token).astype(BF)
+                keys.at[:, mine][...] = (k * after_token).astype(BF)
+                total_s_rows = total_s.at[:, mine]
+                rows.put_tile_rows(whole, total_s_rows)
+                plgpu.commit_smem()  # before the next part writes whole_s
+            i, j = lax.rem(_iota((C, TILE), 0), jnp.int32(TILE)), _iota((C, TILE), 1)
+            tile = jnp.where(i == j, levels[0], 0.0)
+            for level in range(4):
+                size = jnp.int32(1 << level)
+                iq, jq = lax.div(i, size), lax.div(j, size)  # the later half of a pair is odd, the earlier one less
+                crosses = jnp.where(lax.rem(iq, jnp.int32(2)) == 1, iq - 1 - jq, -1)
+                tile = jnp.where(crosses == 0, levels[1 + level], tile)
+            return tile
+
+        @pl.when(wg < 2)
+        def _compute():
+            plgpu.set_max_registers(232, action="increase")
+            values = pl.ds(wg * half, half)
+            if start_state:
+                S = load_global(initial_g.at[b, h, :, values])
+            else:
+                S = plgpu.layout_cast(jnp.zeros((K, half), F32), ROWS)
+            s_s.at[wg][...] = S.astype(BF)
+            plgpu.commit_smem()
+            plgpu.barrier_arrive(free)
+
+            def chunk(t, S):
+                slot = lax.rem(t, jnp.int32(stages))
+                plgpu.barrier_wait(full.at[slot])
+                plgpu.barrier_wait(free)  # the other has read what is now written over
+                tile = weigh(slot, wg)
+                tile_s.at[wg][...] = tile
+                plgpu.commit_smem()
+                plgpu.barrier_arrive(ready)
+                plgpu.barrier_wait(ready)
+
+                def scores(acc16, acc32, oacc):
+                    plgpu.wgmma(acc16, x16_s, x16_s.transpose((1, 0)))
+                    plgpu.wgmma(acc32, x32_s, x32_s.transpose((1, 0)))
+                    plgpu.wgmma(oacc, q_s.at[slot], s_s.at[wg])
+                    whole_tile = rows.repeat_columns(load(tile_s.at[0]) + load(tile_s.at[1]))
+                    i, j = (lax.div(_iota((C, C), d), jnp.int32(TILE)) for d in range(2))
+                    p = jnp.where(i == j, whole_tile, 0.0)
+                    first = jnp.where(lax.rem(i, jnp.int32(2)) == 1, i - 1 - j, -1)
+                    p = jnp.where(first == 0, plgpu.wgmma_accumulator_load(acc16, wait_n=2), p)
+                    second = jnp.where(i >= 2, 1, 0) * jnp.where(j < 2, 1, 0)
+                    p = jnp.where(second == 1, plgpu.wgmma_accumulator_load(acc32, wait_n=1), p)
+                    return p.astype(BF), oacc[...]
+
+                p, o = pl.run_scoped(scores, plgpu.ACC((C, C), F32), plgpu.ACC((C, C), F32), plgpu.ACC((C, half), F32))
+                S = S * _along_rows(total_s.at[0], (K, half))
+                keys = k_s if tied else k_s.at[slot]
+
+                def update(refs):
+                    oacc, sacc = refs
+                    plgpu.wgmma(oacc, p, v_s.at[slot, wg])
+                    plgpu.wgmma(sacc, (k_s if tied else k_s.at[slot]).transpose((1, 0)), v_s.at[slot, wg])
+
+                del keys
+                o, S = pl.run_state(update)((plgpu.ACC.init(o), plgpu.ACC.init(S)))
+                plgpu.barrier_arrive(empty.at[slot])
+                plgpu.barrier_arrive(free)
+                plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+                o_s.at[wg][...] = o.astype(BF)
+                s_s.at[wg][...] = S.astype(BF)
+                plgpu.commit_smem()
+                plgpu.copy_smem_to_gmem(o_s.at[wg], o_g.at[b, pl.ds(t * C, C), h, values])
+                return S
+
+            S = lax.fori_loop(0, chunks, chunk, S)
+            final_g.at[b, h, :, values][...] = S
+            plgpu.barrier_wait(free)
+            plgpu.wait_smem_to_gmem(0)
+
+        @pl.when(wg == 2)
+        def _producer():
+            plgpu.set_max_registers(40, action="decrease")
+
+            def fetch(t, slot):
+                at = pl.ds(t * C, C)
+                plgpu.copy_gmem_to_smem(g_g.at[b, at, h], g_s.at[slot], full.at[slot])
+                plgpu.copy_gmem_to_smem(q_g.at[b, at, h], q_s.at[slot], full.at[slot])
+                if not tied:
+                    plgpu.copy_gmem_to_smem(k_g.at[b, at, h], k_s.at[slot], full.at[slot])
+                for w in range(2):
+                    source = v_g.at[b, at, h, pl.ds(w * half, half)]
+                    plgpu.copy_gmem_to_smem(source, v_s.at[slot, w], full.at[slot])
+
+            for i in range(stages):
+                fetch(jnp.int32(i), i)
+
+            @pl.loop(0, chunks - stages)
+            def _(t):
+                slot = lax.rem(t, jnp.int32(stages))
+                plgpu.barrier_wait(empty.at[slot])
+                fetch(t + stages, slot)
+
+    low = {"transforms": tiles()}
+    scratch = [
+        plgpu.SMEM((stages, C, K), BF, **low),
+        plgpu.SMEM((stages, 2, C, half), BF, **low),
+        plgpu.SMEM((stages, C, K), g_type, transforms=tiles(g_type)),
+        plgpu.SMEM((C, K) if tied else (stages, C, K), BF, **low),
+        plgpu.SMEM((C, K), BF, **low),
+        plgpu.SMEM((C, K), BF, **low),
+        plgpu.SMEM((2, K, half), BF, **low),
+        plgpu.SMEM((2, C, half), BF, **low),
+        plgpu.SMEM((2, C, TILE), F32, transforms=(plgpu.TilingTransform((8, TILE)), plgpu.SwizzleTransform(64))),
+        plgpu.SMEM((2, 4, SLICE), F32),
+        plgpu.SMEM((4, K), F32),
+        plgpu.Barrier(num_arrivals=4 if tied else 5, num_barriers=stages),
+        plgpu.Barrier(num_arrivals=2, num_barriers=stages),
+        plgpu.Barrier(num_arrivals=2),
+        plgpu.Barrier(num_arrivals=2),
+    ]
+    out_type = [jax.ShapeDtypeStruct(v.shape, BF), jax.ShapeDtypeStruct((B, H, K, V), F32)]
+    inputs = [x for x in (q, k, v, log_decay, initial) if x is not None]
+    return _call(body, "linear_attention_vector_forward", out_type, scratch, (B, H))(*inputs)
