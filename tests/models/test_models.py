@@ -1,0 +1,168 @@
+"""What every architecture must do, whatever its mixer: causality, documents apart, decoding, counts, gradients."""
+
+import dataclasses
+import functools
+import itertools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from linscale import models
+from linscale.config import ARCHITECTURES, ConfigError, Model
+from linscale.models.sizes import ASPECTS, SIZES, paper_model
+from linscale.scaling.flops import count_parameters
+
+
+def small(arch, **changes):
+    sizes = {"layers": 6, "width": 48, "heads": 3, "ffn": 80, "vocab_size": 101, "softmax_every": 4, "init_std": 0.1}
+    return Model(arch=arch, **(sizes | changes))
+
+
+def tokens_of(model, batch, tokens, seed=0):
+    return np.random.default_rng(seed).integers(model.vocab_size, size=(batch, tokens)).astype(np.int32)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def all_logits(model, params, tokens, segment_ids=None, cache=None):
+    hidden, cache = models.forward(model, params, tokens, segment_ids, cache)
+    return models.logits(model, params, hidden), cache
+
+
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+class TestEveryArchitecture:
+    def test_decoding_equals_teacher_forcing(self, arch):
+        """Prefill of 70 tokens, then one at a time; and one at a time from the first token."""
+        model = small(arch)
+        params, tokens = models.init(model, 0), tokens_of(model, 2, 90)
+        want, _ = all_logits(model, params, tokens)
+        for prefill in (70, 1):
+            got, cache = all_logits(model, params, tokens[:, :prefill], cache=models.init_cache(model, 2, 90))
+            got = [got]
+            for t in range(prefill, 90):
+                step, cache = all_logits(model, params, tokens[:, t : t + 1], cache=cache)
+                got.append(step)
+            np.testing.assert_allclose(np.concatenate(got, 1), want, atol=1e-4)
+            assert cache["position"] == 90
+
+    def test_later_tokens_change_no_earlier_logit(self, arch):
+        model = small(arch)
+        params, tokens = models.init(model, 0), tokens_of(model, 1, 80)
+        changed = tokens.copy()
+        changed[:, 66:] = (changed[:, 66:] + 1) % model.vocab_size
+        before, _ = all_logits(model, params, tokens)
+        after, _ = all_logits(model, params, changed)
+        np.testing.assert_array_equal(before[:, :66], after[:, :66])
+        assert np.abs(before[:, 66:] - after[:, 66:]).max() > 1e-3
+
+    def test_documents_packed_together_do_not_touch(self, arch):
+        """Each document of a packed row gives the logits it gives alone, and ignores changes to the others."""
+        model = small(arch)
+        params, tokens = models.init(model, 0), tokens_of(model, 1, 120)
+        borders = (0, 7, 8, 64, 120)
+        ids = np.searchsorted(borders, np.arange(120), side="right")[None]
+        packed, _ = all_logits(model, params, tokens, ids)
+        for start, end in itertools.pairwise(borders):
+            alone, _ = all_logits(model, params, tokens[:, start:end])
+            np.testing.assert_allclose(packed[:, start:end], alone, atol=1e-4)
+        changed = tokens.copy()
+        changed[:, :8] = (changed[:, :8] + 1) % model.vocab_size
+        np.testing.assert_array_equal(all_logits(model, params, changed, ids)[0][:, 8:], packed[:, 8:])
+
+    def test_first_loss_is_log_vocabulary(self, arch):
+        for width, heads, vocabulary in ((32, 2, 264), (256, 4, 264), (512, 4, 100_280)):
+            model = small(arch, width=width, heads=heads, vocab_size=vocabulary, init_std=0.02, ffn=2 * width)
+            params, tokens = models.init(model, 0), tokens_of(model, 2, 65)
+            batch = {"tokens": tokens[:, :-1], "labels": tokens[:, 1:], "segment_ids": np.ones((2, 64), np.int32)}
+            nll, weight = jax.jit(functools.partial(models.loss, model))(
+                params, batch | {"weights": np.ones((2, 64), np.float32)}
+            )
+            assert abs(nll / weight / np.log(vocabulary) - 1) < 0.05
+
+    def test_every_parameter_learns(self, arch):
+        """A parameter with zero gradient is not connected. Layer 0 of HGRN2's bounds is 0 whatever its logits."""
+        model = small(arch)
+        params, tokens = models.init(model, 0), tokens_of(model, 2, 65)
+        batch = {
+            "tokens": tokens[:, :-1],
+            "labels": tokens[:, 1:],
+            "segment_ids": np.ones((2, 64), np.int32),
+            "weights": np.ones((2, 64), np.float32),
+        }
+        grads = jax.jit(jax.grad(lambda p: models.loss(model, p, batch)[0]))(params)
+        for path, g in jax.tree_util.tree_leaves_with_path(grads):
+            assert np.isfinite(g).all(), path
+            assert np.abs(g).max() > 0, path
+            if "layers" in jax.tree_util.keystr(path):
+                assert (np.abs(g).reshape(g.shape[0], -1).max(axis=1) > 0).all(), path
+
+    @pytest.mark.parametrize("changes", ({"remat": "full"}, {"remat": "dots"}, {"unroll": 3}, {"attention": "scan"}))
+    def test_remat_unroll_and_implementation_change_no_gradient(self, arch, changes):
+        model = small(arch)
+        params, tokens = models.init(model, 0), tokens_of(model, 1, 40)
+        batch = {"tokens": tokens, "labels": tokens, "segment_ids": np.ones((1, 40), np.int32)}
+        batch["weights"] = np.ones((1, 40), np.float32)
+
+        def gradients(model):
+            return jax.jit(jax.grad(lambda p: models.loss(model, p, batch)[0]))(params)
+
+        want, got = gradients(model), gradients(dataclasses.replace(model, **changes))
+        for a, b in zip(jax.tree.leaves(want), jax.tree.leaves(got)):
+            np.testing.assert_allclose(b, a, rtol=1e-3, atol=1e-5 * np.abs(a).max())
+
+    def test_bfloat16_is_close(self, arch):
+        model = small(arch)
+        params, tokens = models.init(model, 0), tokens_of(model, 2, 70)
+        want, _ = all_logits(model, params, tokens)
+        got, _ = all_logits(dataclasses.replace(model, dtype="bfloat16"), params, tokens)
+        assert np.sqrt(np.mean((got - want) ** 2)) < 0.05 * np.sqrt(np.mean(want**2))
+
+    def test_work_does_not_grow_with_depth(self, arch):
+        """The traced program of 8 layers and of 32 is the same but for sizes."""
+
+        def operations(layers):
+            model = small(arch, layers=layers)
+            params = jax.eval_shape(lambda: models.init(model, 0))
+            tokens = jax.ShapeDtypeStruct((1, 64), jnp.int32)
+            return str(jax.make_jaxpr(lambda p, t: models.forward(model, p, t)[0])(params, tokens)).count("\n")
+
+        assert operations(32) == operations(8)
+
+
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+@pytest.mark.parametrize("size", SIZES + ASPECTS)
+def test_parameter_trees_agree_with_the_counting(arch, size):
+    model = paper_model(arch, size)
+    params = jax.eval_shape(lambda: models.init(model, 0))
+    total = sum(p.size for p in jax.tree.leaves(params))
+    count = count_parameters(model)
+    assert total == count.total
+    assert total - params["embedding"].size == count.nonembedding
+    assert all(p.dtype == jnp.float32 for p in jax.tree.leaves(params))
+
+
+def test_hybrid_places_softmax_in_every_eighth_layer():
+    model = paper_model("hybrid", "410m")
+    params = jax.eval_shape(lambda: models.init(model, 0))
+    layers = {kind: stack["ffn"]["up"]["kernel"].shape[0] for kind, stack in params["layers"].items()}
+    assert layers == {"tnl": 23, "llama": 3}
+
+
+def test_equal_seeds_give_equal_parameters_and_others_do_not():
+    model = small("hgrn2")
+    a, b, c = (models.init(model, seed)["embedding"] for seed in (1, 1, 2))
+    np.testing.assert_array_equal(a, b)
+    assert np.abs(a - c).max() > 0
+
+
+@pytest.mark.parametrize("arch", ("tnl", "hgrn2", "cosformer2"))
+def test_decoding_state_does_not_grow(arch):
+    model = small(arch)
+    sizes = [sum(x.size for x in jax.tree.leaves(models.init_cache(model, 1, slots))) for slots in (10, 10_000)]
+    assert sizes[0] == sizes[1]
+
+
+def test_implementation_that_cannot_run_is_named():
+    with pytest.raises(ConfigError, match=r"config\.model\.attention is 'pallas_gpu'"):
+        models.validate(small("tnl", attention="pallas_gpu"))
