@@ -13,10 +13,10 @@ from linscale.config import base
 # name: layers, width, ffn, optimizer steps of 512 tokens. Heads have 16 channels.
 SIZES = {
     "14k": (1, 32, 96, 300),
-    "28k": (1, 48, 128, 400),
-    "57k": (2, 48, 128, 500),
-    "155k": (3, 64, 176, 550),
-    "450k": (4, 96, 256, 800),
+    "28k": (1, 48, 128, 350),
+    "57k": (2, 48, 128, 450),
+    "155k": (3, 64, 176, 600),
+    "450k": (4, 96, 256, 750),
 }
 ARCHITECTURES = ("llama", "tnl", "hgrn2", "cosformer2")
 RUNGS = tuple(f"{arch}-{size}" for size in SIZES for arch in ARCHITECTURES)
@@ -36,15 +36,15 @@ def get_config(rung: str):
     config.model.init_std = 0.06  # the paper's 0.02 is for widths of 512 and more
 
     config.data.max_tokens = 4_000_000  # about a third of the standard library
-    config.data.heldout_tokens = 32_768
+    config.data.heldout_tokens = 16_384
 
-    config.train.batch = 4
-    config.train.sequence = 128
+    config.train.batch = 8
+    config.train.sequence = 64
     config.train.steps = steps
-    config.train.eval_count = 10
+    config.train.eval_count = 8
     config.train.checkpoint_every = 200
 
     # Constant after the warm-up, as in the paper; small models bear and need a higher rate.
-    config.optimizer.learning_rate = 1e-3 * (96 / width) ** 1.5
+    config.optimizer.learning_rate = 0.128 / width
     config.optimizer.warmup_tokens = 40 * 512
     return config

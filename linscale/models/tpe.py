@@ -18,8 +18,8 @@ from flax import nnx
 
 from linscale.config import Model
 
-CHUNK = 32
-SPAN = 16  # chunks between stored states
+CHUNK = 16
+SPAN = 32  # chunks between stored states
 
 
 class Tpe(nnx.Module):

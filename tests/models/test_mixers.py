@@ -71,7 +71,7 @@ class TestCosformer2:
         theta = init(model, 0)["layers"]["cosformer2"]["mixer"]["theta"]
         np.testing.assert_allclose(theta[0].reshape(-1), 10_000 ** (-2 * np.arange(32) / 32), rtol=1e-5)
 
-    @pytest.mark.parametrize("tokens", (1, 31, 32, 33, 700))
+    @pytest.mark.parametrize("tokens", (1, 16, 33, 700))
     def test_tpe_is_the_recurrence(self, tokens):
         """Values and gradients, with documents and a state to continue, against a float64 loop."""
         rng = np.random.default_rng(tokens)

@@ -71,9 +71,9 @@ class TestEveryArchitecture:
         np.testing.assert_array_equal(all_logits(model, params, changed, ids)[0][:, 8:], packed[:, 8:])
 
     def test_first_loss_is_log_vocabulary(self, arch):
-        for width, heads, vocabulary in ((32, 2, 264), (256, 4, 264), (512, 4, 100_280)):
+        for width, heads, vocabulary in ((32, 2, 264), (512, 4, 100_280)):
             model = small(arch, width=width, heads=heads, vocab_size=vocabulary, init_std=0.02, ffn=2 * width)
-            params, tokens = models.init(model, 0), tokens_of(model, 2, 65)
+            params, tokens = jax.jit(lambda m=model: models.init(m, 0))(), tokens_of(model, 2, 65)
             batch = {"tokens": tokens[:, :-1], "labels": tokens[:, 1:], "segment_ids": np.ones((2, 64), np.int32)}
             nll, weight = jax.jit(functools.partial(models.loss, model))(
                 params, batch | {"weights": np.ones((2, 64), np.float32)}
@@ -97,19 +97,20 @@ class TestEveryArchitecture:
             if "layers" in jax.tree_util.keystr(path):
                 assert (np.abs(g).reshape(g.shape[0], -1).max(axis=1) > 0).all(), path
 
-    @pytest.mark.parametrize("changes", ({"remat": "full"}, {"remat": "dots"}, {"unroll": 3}, {"attention": "scan"}))
-    def test_remat_unroll_and_implementation_change_no_gradient(self, arch, changes):
+    def test_remat_unroll_and_implementation_change_no_gradient(self, arch):
         model = small(arch)
         params, tokens = models.init(model, 0), tokens_of(model, 1, 40)
         batch = {"tokens": tokens, "labels": tokens, "segment_ids": np.ones((1, 40), np.int32)}
         batch["weights"] = np.ones((1, 40), np.float32)
 
-        def gradients(model):
-            return jax.jit(jax.grad(lambda p: models.loss(model, p, batch)[0]))(params)
+        def gradients(**changes):
+            changed = dataclasses.replace(model, **changes)
+            return jax.jit(jax.grad(lambda p: models.loss(changed, p, batch)[0]))(params)
 
-        want, got = gradients(model), gradients(dataclasses.replace(model, **changes))
-        for a, b in zip(jax.tree.leaves(want), jax.tree.leaves(got)):
-            np.testing.assert_allclose(b, a, rtol=1e-3, atol=1e-5 * np.abs(a).max())
+        want = gradients()
+        for changes in ({"remat": "full"}, {"remat": "dots", "unroll": 3}, {"attention": "scan"}):
+            for a, b in zip(jax.tree.leaves(want), jax.tree.leaves(gradients(**changes))):
+                np.testing.assert_allclose(b, a, rtol=1e-3, atol=1e-5 * np.abs(a).max(), err_msg=str(changes))
 
     def test_bfloat16_is_close(self, arch):
         model = small(arch)

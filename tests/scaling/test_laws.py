@@ -6,7 +6,7 @@ import math
 
 import numpy as np
 import pytest
-from conftest import SHAPES, rung, write_ladder, write_run
+from synthetic_ladder import SHAPES, rung, write_ladder, write_run
 
 from linscale.config import ConfigError
 from linscale.scaling import fit, flops, laws, runs

@@ -5,7 +5,7 @@ import re
 from html.parser import HTMLParser
 
 import pytest
-from conftest import SHAPES, rung, write_ladder, write_run
+from synthetic_ladder import SHAPES, rung, write_ladder, write_run
 
 from linscale.config import ConfigError
 from linscale.scaling import paper, plots, report, runs

@@ -4,7 +4,7 @@ import json
 
 import numpy as np
 import pytest
-from conftest import rung, write_run
+from synthetic_ladder import rung, write_run
 
 from linscale.config import ConfigError
 from linscale.scaling import flops, runs
