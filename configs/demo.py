@@ -4,8 +4,11 @@ embedding (a factor of 30), on the text of the Python standard library, byte by 
   linscale ladder                                          all 20 runs, the laws and the report
   linscale train --config=configs/demo.py:tnl-155k         one of them
 
-Expected time: TIME
-Expected result: RESULT
+Expected time: 5 minutes 20 seconds and 1.7 GB on two cores (experiments/demo/reports has machine and versions).
+Expected result: held-out loss falls with size for every architecture, from 2.4 to 2.6 nats a byte at 14k parameters to
+1.87 (HGRN2), 1.93 (LLaMA), 2.07 (TNL) and 2.17 (cosFormer2) at 450k, and b of -0.068 (HGRN2), -0.052 (LLaMA), -0.047
+(TNL) and -0.041 (cosFormer2), each with an interval below zero. Another Python has another standard library, so digits
+may differ.
 """
 
 from linscale.config import base
