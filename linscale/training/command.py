@@ -8,7 +8,7 @@ from linscale.training import recipes
 HELP = """\
 Train one run of a recipe. The same command again continues it from its last checkpoint, or says that it is finished.
 
-  linscale train --config=configs/demo.py:tnl-100k
+  linscale train --config=configs/demo.py:tnl-155k
   linscale train --config=configs/ladder.py:tnl-70m --config.data.source=text --config.data.path='books/*.txt'
 
 Every field of linscale/config.py can be set as --config.section.field=value.
@@ -24,7 +24,7 @@ def main(argv: list[str]) -> int:
     args, rest = parser.parse_known_args(argv)
     overrides = recipes.split(rest, "train")
     if args.config is None:
-        raise ConfigError("linscale train needs --config=FILE.py:RUNG, as --config=configs/demo.py:tnl-100k.")
+        raise ConfigError("linscale train needs --config=FILE.py:RUNG, as --config=configs/demo.py:tnl-155k.")
     config = recipes.load_run(args.config, overrides)
 
     from linscale.training import loop, run_folder  # jax starts here, after the command line is known to be right
