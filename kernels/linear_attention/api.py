@@ -9,10 +9,10 @@ import logging
 import jax
 import jax.numpy as jnp
 
-from linscale.kernels.linear_attention import chunked, reference
+from linscale.kernels.linear_attention import chunked, pallas_gpu, reference
 
-_IMPLEMENTATIONS = {"scan": reference.scan, "chunked": chunked.chunked}
-_RESERVED = ("pallas_tpu", "pallas_gpu")  # their kernels are not written yet
+_IMPLEMENTATIONS = {"scan": reference.scan, "chunked": chunked.chunked, "pallas_gpu": pallas_gpu.pallas_gpu}
+_RESERVED = ("pallas_tpu",)  # its kernels are not written yet
 
 _log = logging.getLogger("linscale.kernels")
 
@@ -44,8 +44,8 @@ def linear_attention(
       initial_state: [B,H,K,V] float32, the state before the first token; [B,H,2K,V] with phase (see below). None: 0.
       segment_ids: [B,T] integers. A new document starts wherever the id differs from the token before; the state is
         reset there. The first document of a row continues `initial_state`.
-      implementation: None picks the best available; "scan" (one token at a time, the reference) or "chunked"
-        (matrix products over chunks in XLA, any device) forces one.
+      implementation: None picks the best available; "scan" (one token at a time, the reference), "chunked" (matrix
+        products over chunks in XLA, any device) or "pallas_gpu" (Hopper GPUs, bfloat16, 64 or 128 channels) forces one.
 
     Returns:
       out [B,T,H,V] in the dtype of v, and the state after the last token, float32. With phase the state is
@@ -56,7 +56,10 @@ def linear_attention(
       ValueError: shapes or dtypes that do not fit, phase with log_decay, an implementation that cannot serve.
     """
     _check(q, k, v, log_decay, phase, initial_state, segment_ids)
-    name = implementation or "chunked"
+    reason = pallas_gpu.refusal(q, k, v, log_decay) if implementation in (None, "pallas_gpu") else None
+    if implementation == "pallas_gpu" and reason is not None:
+        raise ValueError(f"implementation='pallas_gpu' cannot serve: {reason}. None or 'chunked' can.")
+    name = implementation or ("chunked" if reason or pallas_gpu.several_devices() else "pallas_gpu")
     if name not in _IMPLEMENTATIONS:
         known = ", ".join(repr(n) for n in _IMPLEMENTATIONS)
         what = "not available in this version" if name in _RESERVED else "unknown"

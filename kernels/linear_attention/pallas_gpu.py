@@ -21,18 +21,21 @@ MULTIPROCESSORS = 132  # of an H100 or H200
 CHANNELS = (64, 128)
 
 
-def refusal(q, k, v, log_decay, phase) -> str | None:
-    """Why these kernels cannot serve the call, as the end of a sentence; None if they can."""
+def refusal(q, k, v, log_decay) -> str | None:
+    """Why these kernels cannot serve the call, as a sentence without its stop; None if they can."""
     if not on_hopper():
-        return f"it needs a Hopper GPU (compute capability 9.0) and jax >= 0.11; this is {_device()}"
-    return unsupported(q, k, v, log_decay, phase)
+        device = jax.devices()[0].device_kind
+        return f"it needs a Hopper GPU (compute capability 9.0) and jax >= 0.11, this is {device} and {jax.__version__}"
+    return unsupported(q, k, v, log_decay)
 
 
-def unsupported(q, k, v, log_decay, phase) -> str | None:
+def unsupported(q, k, v, log_decay) -> str | None:
     if q.dtype != jnp.bfloat16:
-        return f"it takes bfloat16 q, k and v, and these are {q.dtype}"
+        return f"q, k and v have dtype {q.dtype}, it takes bfloat16"
     if q.shape[-1] not in CHANNELS or v.shape[-1] not in CHANNELS:
-        return f"it takes 64 or 128 channels a head, and q has {q.shape[-1]}, v {v.shape[-1]}"
+        return f"it takes 64 or 128 channels a head, q has {q.shape[-1]} and v {v.shape[-1]}"
+    if log_decay is not None and log_decay.ndim == 4 and log_decay.dtype not in (jnp.float32, jnp.bfloat16):
+        return f"log_decay has dtype {log_decay.dtype}, it takes float32 or bfloat16"
     return None
 
 
@@ -43,8 +46,9 @@ def on_hopper() -> bool:
     return jax.default_backend() == "gpu" and getattr(jax.devices()[0], "compute_capability", "") == "9.0"
 
 
-def _device() -> str:
-    return f"{jax.devices()[0].device_kind} with jax {jax.__version__}"
+def several_devices() -> bool:
+    """The kernels are opaque to the partitioner: over several devices they belong inside jax.shard_map."""
+    return jax.device_count() > 1
 
 
 def pallas_gpu(q, k, v, log_decay, phase, initial_state, segment_ids):
@@ -160,7 +164,7 @@ def _scalar_backward(tokens, residuals, cotangents):
     d_log_decay = None
     if learned is not None:  # TNL's decay is fixed; where it is learned, its gradient goes through XLA
         ids = None if segment_ids is None else segment_ids[:, :tokens]
-        q, k, v, d_out = (x[:, :tokens] for x in (q, k, v, d_out))
+        q, k, v, d_out = (x[:, :tokens].astype(jnp.float32) for x in (q, k, v, d_out))  # bfloat16: off by 1e-2
         (_, state), pullback = jax.vjp(lambda g: chunked.chunked(q, k, v, g, None, initial_state, ids), log_decay)
         (d_log_decay,) = pullback((d_out, jnp.zeros_like(state) if d_state is None else d_state))
     return dq, dk, dv, d_log_decay, d_initial, None
@@ -181,7 +185,9 @@ def choose_spans(rows: int, tokens: int) -> int:
     for spans in range(1, max(1, min(chunks // 8, 2 * MULTIPROCESSORS // rows)) + 1):
         spans = -(-chunks // -(-chunks // spans))  # no span without a chunk
         waves = -(-rows * spans // MULTIPROCESSORS)
-        cost = (4 if spans == 1 else 6) * waves * -(-chunks // spans)
+        cost = (
+            4 * waves * chunks if spans == 1 else 6 * waves * -(-chunks // spans) + 24
+        )  # the small operations between
         if cost < 0.95 * best_cost:
             best, best_cost = spans, cost
     return best
@@ -233,5 +239,11 @@ def _chain(state, added, kept, reverse=False):
         return keep[..., None, None] * state + add, state
 
     kept = jnp.broadcast_to(kept, added.shape[:3])
+    if added.shape[1] <= 16:  # one fused operation instead of a loop of many small ones
+        before = []
+        for n in sorted(range(added.shape[1]), reverse=reverse):
+            before.append(state)
+            state = kept[:, n, :, None, None] * state + added[:, n]
+        return jnp.stack(before[::-1] if reverse else before, axis=1)
     _, before = jax.lax.scan(body, state, (jnp.moveaxis(added, 1, 0), jnp.moveaxis(kept, 1, 0)), reverse=reverse)
     return jnp.moveaxis(before, 0, 1)

@@ -76,6 +76,7 @@ def _learn_backward(residuals, cotangents):
     d_phase = None
     if residuals is not None:
         phase, q, k, v, initial_state, segment_ids = residuals
+        q, k, v = (x.astype(jnp.float32) for x in (q, k, v))  # in bfloat16 the gradient of phase is off by 1e-2
         run = lambda p: chunked.chunked(q, k, v, None, p, initial_state, segment_ids)  # noqa: E731
         outputs, pullback = jax.vjp(run, phase)
         (d_phase,) = pullback(tuple(_dense(d, x) for d, x in zip(cotangents, outputs)))

@@ -1,0 +1,141 @@
+"""The Hopper kernels: on any machine they lower to GPU code; on a Hopper GPU they meet the float64 scan.
+
+pytest -m gpu tests/kernels/test_pallas_gpu.py
+"""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import test_linear_attention as shared
+
+from linscale.kernels import linear_attention
+from linscale.kernels.linear_attention import pallas_gpu
+
+old = tuple(int(x) for x in jax.__version__.split(".")[:2]) < (0, 11)
+lowers = pytest.mark.skipif(old, reason=f"jax {jax.__version__} lowers Mosaic GPU kernels of jax >= 0.11 only")
+hopper = pytest.mark.skipif(not pallas_gpu.on_hopper(), reason="no Hopper GPU here")
+
+
+def shapes(kind, tokens, channels, state, segments, batch=2, heads=3):
+    x = jax.ShapeDtypeStruct((batch, tokens, heads, channels), jnp.bfloat16)
+    named = {
+        "none": {},
+        "scalar": {"log_decay": jax.ShapeDtypeStruct((heads,), jnp.float32)},
+        "phase": {"phase": jax.ShapeDtypeStruct((heads, channels), jnp.float32)},
+        "vector": {"log_decay": jax.ShapeDtypeStruct(x.shape, jnp.float32)},
+        "tied": {"log_decay": x},
+    }[kind]
+    rows = channels * (2 if kind == "phase" else 1)
+    arrays = {"q": x, "k": None if kind == "tied" else x, "v": x, **named}
+    if state:
+        arrays["initial_state"] = jax.ShapeDtypeStruct((batch, heads, rows, channels), jnp.float32)
+    return arrays, jax.ShapeDtypeStruct(x.shape[:2], jnp.int32) if segments else None
+
+
+@lowers
+@pytest.mark.parametrize("kind", ("none", "scalar", "phase", "vector", "tied"))
+@pytest.mark.parametrize(
+    ("tokens", "channels", "state", "segments"),
+    [(192, 128, False, False), (1001, 128, True, True), (5, 64, True, False)],
+)
+def test_forward_and_backward_lower(kind, tokens, channels, state, segments):
+    arrays, ids = shapes(kind, tokens, channels, state, segments)
+
+    def loss(arrays, ids):
+        named = {"log_decay": None, "phase": None, "initial_state": None} | arrays
+        out, final = pallas_gpu.pallas_gpu(
+            *(named[n] for n in ("q", "k", "v", "log_decay", "phase", "initial_state")), ids
+        )
+        assert out.shape == arrays["v"].shape
+        assert final.shape[-1] == channels
+        return out.astype(jnp.float32).sum() + final.sum()
+
+    text = jax.jit(jax.value_and_grad(loss)).trace(arrays, ids).lower(lowering_platforms=("cuda",)).as_text()
+    assert "mosaic_gpu" in text
+
+
+@pytest.mark.parametrize("rows", (1, 6, 16, 64, 96, 128, 300))
+@pytest.mark.parametrize("tokens", (1, 64, 1000, 8192, 131072))
+def test_spans_cover_the_sequence_and_none_is_empty(rows, tokens):
+    spans = pallas_gpu.choose_spans(rows, tokens)
+    length = 64 * pallas_gpu.chunks_of_a_span(tokens, spans)
+    assert (spans - 1) * length < tokens <= spans * length
+    assert spans == 1 or length >= 8 * 64
+
+
+@pytest.mark.skipif(pallas_gpu.on_hopper(), reason="served here")
+def test_refusal_on_other_devices_says_why():
+    x = jnp.zeros((1, 8, 1, 64), jnp.bfloat16)
+    with pytest.raises(ValueError, match="cannot serve: it needs a Hopper GPU"):
+        linear_attention(x, x, x, implementation="pallas_gpu")
+
+
+@pytest.mark.parametrize(
+    ("shape", "dtype", "message"),
+    [
+        ((1, 8, 1, 128), jnp.float32, "takes bfloat16"),
+        ((1, 8, 1, 96), jnp.bfloat16, "64 or 128 channels a head, q has 96"),
+    ],
+)
+def test_refusal_names_what_does_not_fit(shape, dtype, message):
+    x = jnp.zeros(shape, dtype)
+    assert message in pallas_gpu.unsupported(x, x, x, None)
+    assert pallas_gpu.unsupported(*[jnp.zeros((1, 8, 1, 64), jnp.bfloat16)] * 3, None) is None
+
+
+KINDS = ("none", "scalar", "scalar-zero", "phase", "vector/0.05", "vector/0.1", "vector/1", "vector/10")
+
+
+@pytest.mark.gpu
+@hopper
+class TestOnTheDevice:
+    """Error bound 5e-3 of root mean square, values, states and every gradient, q, k and v in bfloat16."""
+
+    @pytest.fixture(autouse=True)
+    def _channels(self, monkeypatch):
+        monkeypatch.setattr(shared, "KEY", 128)
+        monkeypatch.setattr(shared, "VALUE", 128)
+
+    @pytest.mark.parametrize("kind", KINDS)
+    @pytest.mark.parametrize("tokens", (1, 63, 64, 65, 1000))
+    def test_state_and_segments(self, tokens, kind):
+        arrays, ids = shared.draw(tokens, tokens, kind, segments=True)
+        shared.compare("pallas_gpu", arrays, ids, 5e-3, dtype=jnp.bfloat16, seed=tokens)
+
+    @pytest.mark.parametrize("kind", KINDS)
+    def test_plain(self, kind):
+        arrays, ids = shared.draw(7, 130, kind, state=False)
+        shared.compare("pallas_gpu", arrays, ids, 5e-3, dtype=jnp.bfloat16)
+
+    @pytest.mark.parametrize("kind", ("vector/0.1", "vector/1", "vector/10"))
+    @pytest.mark.parametrize("segments", (False, True))
+    def test_tied_key(self, kind, segments):
+        arrays, ids = shared.draw(8, 200, kind, segments=segments, tied_key=True)
+        shared.compare("pallas_gpu", arrays, ids, 5e-3, dtype=jnp.bfloat16)
+
+    @pytest.mark.parametrize("kind", ("scalar", "phase", "vector/1"))
+    def test_sixty_four_channels(self, kind, monkeypatch):
+        monkeypatch.setattr(shared, "KEY", 64)
+        monkeypatch.setattr(shared, "VALUE", 64)
+        arrays, ids = shared.draw(9, 200, kind, segments=True)
+        shared.compare("pallas_gpu", arrays, ids, 5e-3, dtype=jnp.bfloat16)
+
+    @pytest.mark.parametrize("kind", ("scalar", "vector/1"))
+    def test_minus_infinity_forgets(self, kind):
+        arrays, _ = shared.draw(11, 40, kind)
+        arrays["log_decay"] = np.full_like(arrays["log_decay"], -np.inf)
+        low = {n: a.astype(jnp.bfloat16 if n in "qkv" else np.float32) for n, a in arrays.items()}
+        got = shared.run("pallas_gpu", low, None, 0)
+        q, k, v = (np.asarray(low[n], np.float32) for n in "qkv")
+        np.testing.assert_allclose(got["out"], np.sum(q * k, -1, keepdims=True) * v, rtol=2e-2, atol=0.2)
+        assert all(np.isfinite(np.asarray(x, np.float32)).all() for x in got.values())
+
+    def test_bits_do_not_change_between_runs(self):
+        """A race would show as a moving error."""
+        arrays, ids = shared.draw(12, 1000, "scalar", segments=True)
+        low = {n: jnp.asarray(a, jnp.bfloat16 if n in "qkv" else jnp.float32) for n, a in arrays.items()}
+        first = shared.run("pallas_gpu", low, ids, 0)
+        for _ in range(10):
+            for name, x in shared.run("pallas_gpu", low, ids, 0).items():
+                np.testing.assert_array_equal(x, first[name], err_msg=name)
