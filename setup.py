@@ -47,7 +47,7 @@ setup(
         "eval": ["lm-eval>=0.4.9"],
         "hf": ["transformers>=4.45", "safetensors>=0.4"],
         "wandb": ["wandb>=0.18"],
-        "test": ["pytest>=8", "pytest-xdist>=3.6", "hypothesis>=6.100", "ruff>=0.9"],
+        "test": ["pytest>=8", "pytest-xdist>=3.6", "hypothesis>=6.100", "ruff>=0.9", "tensorboard>=2.17"],
     },
     entry_points={"console_scripts": ["linscale=linscale.cli:main"]},
 )

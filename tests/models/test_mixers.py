@@ -92,7 +92,7 @@ class TestCosformer2:
             return jnp.stack(ys, 1), state
 
         def projected(f):
-            return lambda *a: sum((w * y).sum() for w, y in zip(weights, f(*a)))
+            return lambda *a: sum((jnp.asarray(w, y.dtype) * y).sum() for w, y in zip(weights, f(*a)))
 
         with jax.enable_x64(True):  # the loop is unrolled: gradients at short lengths alone
             args = tuple(map(jnp.asarray, (x, coefficients, state)))
