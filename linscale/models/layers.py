@@ -23,9 +23,13 @@ def compute_dtype(model: Model):
 
 
 def dense(inputs: int, outputs: int, model: Model, rngs: nnx.Rngs) -> nnx.Linear:
-    """A matrix without bias: float32 parameter, normal(0, init_std), multiplied in the compute dtype."""
-    init = nnx.initializers.normal(model.init_std)
-    return nnx.Linear(inputs, outputs, use_bias=False, dtype=compute_dtype(model), kernel_init=init, rngs=rngs)
+    """A matrix without bias: float32 parameter, normal(0, init_std), multiplied in the compute dtype.
+
+    float32 is multiplied at full precision: left to itself, a TPU would round to bfloat16 and a GPU to TF32.
+    """
+    dtype, init = compute_dtype(model), nnx.initializers.normal(model.init_std)
+    precision = jax.lax.Precision.HIGHEST if dtype == jnp.float32 else None
+    return nnx.Linear(inputs, outputs, use_bias=False, dtype=dtype, precision=precision, kernel_init=init, rngs=rngs)
 
 
 def simple_rms_norm(x_BTD: jax.Array) -> jax.Array:

@@ -11,6 +11,8 @@ Worked out in chunks: inside a chunk as a short convolution, between chunks by t
 Letters: B batch, T tokens, N chunks, P tokens of a chunk, D width, E states of a channel.
 """
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -54,7 +56,8 @@ def toeplitz(x_BTD, coefficients_DE, state_BDE, segment_ids=None):
     chunks = -(-chunks // spans) * spans
     lam = decays(coefficients_DE.shape[1])
     i = np.arange(chunk)
-    taps_PD = jnp.asarray((1 - lam) * lam ** i[:, None], jnp.float32) @ coefficients_DE.T
+    einsum = functools.partial(jnp.einsum, precision="highest")
+    taps_PD = einsum("pe,de->pd", jnp.asarray((1 - lam) * lam ** i[:, None], jnp.float32), coefficients_DE)
     carry_in_PE = jnp.asarray(lam ** (i[:, None] + 1), jnp.float32)
 
     lengths = np.clip(tokens - chunk * np.arange(chunks), 0, chunk)
@@ -85,10 +88,10 @@ def toeplitz(x_BTD, coefficients_DE, state_BDE, segment_ids=None):
             y_BPD += jnp.pad(part, ((0, 0), (lag, 0), (0, 0)))
         before_B = begun_BP[:, 0] - starts_BP[:, 0]
         reads = begun_BP == before_B[:, None]
-        y_BPD += jnp.einsum("bde,pe->bpd", state_BDE * coefficients_DE, carry_in_PE) * reads[..., None]
+        y_BPD += einsum("bde,pe->bpd", state_BDE * coefficients_DE, carry_in_PE) * reads[..., None]
         reaches = begun_BP == begun_BP[:, -1:]
         survives = (before_B == begun_BP[:, -1])[:, None, None]
-        new = jnp.einsum("pe,bpd->bde", carry_out_PE, x_BPD * reaches[..., None])
+        new = einsum("pe,bpd->bde", carry_out_PE, x_BPD * reaches[..., None])
         return state_BDE * across_E * survives + new, y_BPD
 
     state, y = jax.lax.scan(jax.checkpoint(lambda s, x: jax.lax.scan(one_chunk, s, x)), state_BDE, xs)

@@ -101,6 +101,7 @@ class TestCosformer2:
         f = lambda *a: toeplitz(*a, segment_ids=jnp.asarray(ids))  # noqa: E731
         got = f(*low), (jax.grad(projected(f), argnums=(0, 1, 2))(*low) if tokens < 50 else ())
         for g, w in zip(jax.tree.leaves(got), jax.tree.leaves(want)):
+            g, w = np.asarray(g, np.float64), np.asarray(w)
             assert np.sqrt(np.mean((g - w) ** 2)) < 1e-5 * np.sqrt(np.mean(np.square(w)))
 
     def test_tpe_starts_near_the_identity(self):
