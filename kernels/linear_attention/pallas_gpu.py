@@ -138,6 +138,7 @@ def _scalar_forward(tokens, *args):
 
 def _scalar_backward(tokens, residuals, cotangents):
     from linscale.kernels.linear_attention import pallas_gpu_scalar as kernels
+    from linscale.kernels.linear_attention.pallas_gpu_scalar_backward import backward_kv
 
     q, k, v, log_decay, initial_state, segment_ids, before, learned = residuals
     d_out, d_state = cotangents
@@ -156,7 +157,7 @@ def _scalar_backward(tokens, residuals, cotangents):
     else:
         added = kernels.states(d_out, q, rate, docs, tokens=tokens, spans=spans, reverse=True)
         d_after = _chain(d_after, added, _survival(rate, docs, tokens, spans), reverse=True)
-    dk, dv, d_before = kernels.backward_kv(
+    dk, dv, d_before = backward_kv(
         q, k, v, d_out, rate, d_after, docs, tokens=tokens, spans=spans, initial=initial_state is not None
     )
     d_initial = None if initial_state is None else jnp.swapaxes(d_before[:, 0], -1, -2)

@@ -14,7 +14,6 @@ Tokens past the end are read as zeros and not written (the copy engine clips), s
 Letters: B batch, T tokens, H heads, K key channels, V value channels, N spans, C tokens of a chunk.
 """
 
-import functools
 import math
 
 import jax
@@ -55,27 +54,27 @@ def iota(shape, dimension):
     return plgpu.broadcasted_iota(jnp.int32, shape, dimension, layout=ROWS).astype(F32)
 
 
-def _along_rows(vector, shape):
+def along_rows(vector, shape):
     return plgpu.layout_cast(lax.broadcast_in_dim(load(vector, ROWS.reduce(1)), shape, (0,)), ROWS)
 
 
-def _along_columns(vector, shape):
+def along_columns(vector, shape):
     return plgpu.layout_cast(lax.broadcast_in_dim(load(vector, ROWS.reduce(0)), shape, (1,)), ROWS)
 
 
-def _same_document(doc_s, transposed):
+def same_document(doc_s, transposed):
     """[C,C] of ones and zeros: whether query and key share a document. Rows are queries, or keys if `transposed`.
 
     doc_s begins with the first position of each query's document in the chunk, or the last of each key's.
     """
     if transposed:
-        room = _along_rows(doc_s.at[0], (C, C)) - iota((C, C), 1)
+        room = along_rows(doc_s.at[0], (C, C)) - iota((C, C), 1)
     else:
-        room = iota((C, C), 1) - _along_rows(doc_s.at[0], (C, C))
+        room = iota((C, C), 1) - along_rows(doc_s.at[0], (C, C))
     return jnp.where(room >= 0.0, 1.0, 0.0)
 
 
-def _ring(fetch, chunks, stages, empty):
+def ring(fetch, chunks, stages, empty):
     """What the fetching warpgroup does: keep `stages` chunks ahead."""
     plgpu.set_max_registers(40, action="decrease")
     for i in range(stages):
@@ -88,7 +87,7 @@ def _ring(fetch, chunks, stages, empty):
         fetch(t + stages, slot)
 
 
-class _Walk:
+class Walk:
     """Chunk numbers and what is left of the tokens at the end, the same for all three kernels."""
 
     def __init__(self, tokens, spans):
@@ -118,7 +117,7 @@ def forward(q, k, v, rate, initial, docs, *, tokens=None, spans=1, final=True, s
     B, T, H, K = q.shape
     V = v.shape[-1]
     half = V // 2
-    walk = _Walk(tokens or T, spans)
+    walk = Walk(tokens or T, spans)
     stages = min(stages, walk.chunks)
     documents, start_state = docs is not None, initial is not None
 
@@ -157,19 +156,19 @@ def forward(q, k, v, rate, initial, docs, *, tokens=None, spans=1, final=True, s
                     # While the tensor cores run: values carried to the chunk's end.
                     weight = jnp.exp2(r * walk.to_end(start, (C, half)))
                     if documents:
-                        weight = weight * _along_rows(docs_s[0].at[slot, REACHES], (C, half))
+                        weight = weight * along_rows(docs_s[0].at[slot, REACHES], (C, half))
                     vs_s.at[wg][...] = (load(v_s.at[slot, wg]).astype(F32) * weight).astype(BF)
                     p = plgpu.wgmma_accumulator_load(acc, wait_n=1) * mask
                     if documents:
-                        p = p * _same_document(docs_s[0].at[slot], transposed=False)
+                        p = p * same_document(docs_s[0].at[slot], transposed=False)
                     return p.astype(BF), oacc[...]
 
                 p, o = pl.run_scoped(scores, plgpu.ACC((C, C), F32), plgpu.ACC((C, half), F32))
                 reads = jnp.exp2(r * (iota((C, half), 0) + 1.0))
                 S = S * jnp.exp2(r * walk.length(start))
                 if documents:
-                    reads = reads * _along_rows(docs_s[0].at[slot, READS], (C, half))
-                    S = S * _along_columns(docs_s[0].at[slot, SURVIVES, pl.ds(0, half)], (K, half))
+                    reads = reads * along_rows(docs_s[0].at[slot, READS], (C, half))
+                    S = S * along_columns(docs_s[0].at[slot, SURVIVES, pl.ds(0, half)], (K, half))
                 plgpu.commit_smem()
 
                 def update(refs):
@@ -204,7 +203,7 @@ def forward(q, k, v, rate, initial, docs, *, tokens=None, spans=1, final=True, s
                 if documents:
                     plgpu.copy_gmem_to_smem(docs_g.at[b, span * walk.chunks + t], docs_s[0].at[slot], full.at[slot])
 
-            _ring(fetch, walk.chunks, stages, empty)
+            ring(fetch, walk.chunks, stages, empty)
 
     out_type = [jax.ShapeDtypeStruct(v.shape, BF)]
     if final:
@@ -222,7 +221,7 @@ def forward(q, k, v, rate, initial, docs, *, tokens=None, spans=1, final=True, s
     if documents:
         scratch.append(plgpu.SMEM((stages, 5, C), F32))
     inputs = [x for x in (q, k, v, rate, initial, docs) if x is not None]
-    out = _call(body, "linear_attention_forward", out_type, scratch, (B, spans, H))(*inputs)
+    out = call(body, "linear_attention_forward", out_type, scratch, (B, spans, H))(*inputs)
     return out[0], out[1] if final else None
 
 
@@ -235,7 +234,7 @@ def states(k, v, rate, docs, *, tokens=None, spans, reverse=False, stages=4):
     B, T, H, K = k.shape
     V = v.shape[-1]
     half = V // 2
-    walk = _Walk(tokens or T, spans)
+    walk = Walk(tokens or T, spans)
     stages = min(stages, walk.chunks)
     documents = docs is not None
 
@@ -259,8 +258,8 @@ def states(k, v, rate, docs, *, tokens=None, spans, reverse=False, stages=4):
                 weight = jnp.exp2(r * (iota(shape, 0) + 1.0 if reverse else walk.to_end(start, shape)))
                 S = S * jnp.exp2(r * walk.length(start))
                 if documents:
-                    weight = weight * _along_rows(docs_s[0].at[slot, READS if reverse else REACHES], shape)
-                    S = S * _along_columns(docs_s[0].at[slot, SURVIVES, pl.ds(0, half)], (K, half))
+                    weight = weight * along_rows(docs_s[0].at[slot, READS if reverse else REACHES], shape)
+                    S = S * along_columns(docs_s[0].at[slot, SURVIVES, pl.ds(0, half)], (K, half))
                 vs_s.at[wg][...] = (load(v_s.at[slot, wg]).astype(F32) * weight).astype(BF)
                 plgpu.commit_smem()
 
@@ -286,7 +285,7 @@ def states(k, v, rate, docs, *, tokens=None, spans, reverse=False, stages=4):
                 if documents:
                     plgpu.copy_gmem_to_smem(docs_g.at[b, start // C], docs_s[0].at[slot], full.at[slot])
 
-            _ring(fetch, walk.chunks, stages, empty)
+            ring(fetch, walk.chunks, stages, empty)
 
     scratch = [
         plgpu.SMEM((stages, C, K), BF, transforms=tiles(K)),
@@ -299,155 +298,10 @@ def states(k, v, rate, docs, *, tokens=None, spans, reverse=False, stages=4):
         scratch.append(plgpu.SMEM((stages, 5, C), F32))
     out_type = jax.ShapeDtypeStruct((B, spans, H, K, V), F32)
     inputs = [x for x in (k, v, rate, docs) if x is not None]
-    return _call(body, "linear_attention_states", out_type, scratch, (B, spans, H))(*inputs)
+    return call(body, "linear_attention_states", out_type, scratch, (B, spans, H))(*inputs)
 
 
-def backward_kv(q, k, v, do, rate, final, docs, *, tokens=None, spans=1, initial=True, stages=2):
-    """dk, dv and, if `initial`, the gradient of the state before each span, transposed [B,N,H,V,K].
-
-    One sweep from the end. G [V,K] = sum of decay do q^T over later tokens serves both: dk reads G, dv its transpose.
-    Warpgroup 0 makes dk, warpgroup 1 dv; each keeps half of G's columns, and two barriers a chunk order the shared
-    copy. final [B,N,H,V,K]: the gradient of the state after each span, transposed, or None.
-    """
-    B, T, H, K = q.shape
-    V = v.shape[-1]
-    half = K // 2
-    walk = _Walk(tokens or T, spans)
-    stages = min(stages, walk.chunks)
-    documents, end_state = docs is not None, final is not None
-
-    def body(*refs):
-        refs = list(refs)
-        q_g, k_g, v_g, do_g, rate_g = (refs.pop(0) for _ in range(5))
-        final_g = refs.pop(0) if end_state else None
-        docs_g = refs.pop(0) if documents else None
-        dk_g, dv_g = refs.pop(0), refs.pop(0)
-        initial_g = refs.pop(0) if initial else None
-        q_s, k_s, v_s, do_s, qs_s, g_s, dk_s, dv_s, m_s, full, empty, gread, gwrote, *docs_s = refs
-        b, span, h, wg = (lax.axis_index(a) for a in ("b", "n", "h", "wg"))
-
-        def compute(w):  # w is a Python int: each warpgroup has its own code
-            width = (K, V)[w] // 2  # the output is made in two halves
-            plgpu.set_max_registers(232, action="increase")
-            r = rate_g[h]
-            age = iota((C, C), 1) - iota((C, C), 0)
-            m_s[...] = jnp.where(age >= 0, jnp.exp2(r * jnp.maximum(age, 0.0)), 0.0)  # both write the same values
-            mine = pl.ds(w * half, half)
-            if end_state:
-                G = load_global(final_g.at[b, span, h, :, mine])
-            else:
-                G = plgpu.layout_cast(jnp.zeros((V, half), F32), ROWS)
-            g_s.at[w][...] = G.astype(BF)
-            plgpu.commit_smem()
-            plgpu.barrier_arrive(gwrote)
-
-            def chunk(t, G):
-                slot = lax.rem(t, jnp.int32(stages))
-                start = walk.start(span, t, reverse=True)
-                plgpu.barrier_wait(full.at[slot])
-                plgpu.barrier_wait(gwrote)  # both halves of G are in shared memory
-
-                def scores(acc, o0, o1):
-                    A = (v_s, k_s)[w].at[slot]
-                    plgpu.wgmma(acc, A, (do_s, q_s)[w].at[slot].transpose((1, 0)))
-                    if w == 0:  # dk = v G
-                        plgpu.wgmma(o0, A, g_s.at[0])
-                        plgpu.wgmma(o1, A, g_s.at[1])
-                    else:  # dv = k G^T, the sum over K in two halves
-                        for i in range(2):
-                            part = A.at[:, pl.ds(i * half, half)]
-                            plgpu.wgmma(o0, part, g_s.at[i, pl.ds(0, width)].transpose((1, 0)))
-                            plgpu.wgmma(o1, part, g_s.at[i, pl.ds(width, width)].transpose((1, 0)))
-                    weight = jnp.exp2(r * (iota((C, half), 0) + 1.0))
-                    if documents:
-                        weight = weight * _along_rows(docs_s[0].at[slot, READS - LAST], (C, half))
-                    qs_s.at[w][...] = (load(q_s.at[slot, :, mine]).astype(F32) * weight).astype(BF)
-                    p = plgpu.wgmma_accumulator_load(acc, wait_n=2 if w == 0 else 4) * load(m_s)
-                    if documents:
-                        p = p * _same_document(docs_s[0].at[slot], transposed=True)
-                    return p.astype(BF), o0[...], o1[...]
-
-                p, o0, o1 = pl.run_scoped(
-                    scores, plgpu.ACC((C, C), F32), plgpu.ACC((C, width), F32), plgpu.ACC((C, width), F32)
-                )
-                plgpu.barrier_arrive(gread)
-                weight = jnp.exp2(r * walk.to_end(start, (C, width)))
-                G = G * jnp.exp2(r * walk.length(start))
-                if documents:
-                    weight = weight * _along_rows(docs_s[0].at[slot, REACHES - LAST], (C, width))
-                    G = G * _along_columns(docs_s[0].at[slot, SURVIVES - LAST, pl.ds(0, half)], (V, half))
-                plgpu.commit_smem()
-
-                def update(refs):
-                    a0, a1, gacc = refs
-                    X = (q_s, do_s)[w].at[slot]
-                    plgpu.wgmma(a0, p, X.at[:, pl.ds(0, width)])
-                    plgpu.wgmma(a1, p, X.at[:, pl.ds(width, width)])
-                    plgpu.wgmma(gacc, do_s.at[slot].transpose((1, 0)), qs_s.at[w])
-
-                o0, o1, G = pl.run_state(update)(
-                    (plgpu.ACC.init(o0 * weight), plgpu.ACC.init(o1 * weight), plgpu.ACC.init(G))
-                )
-                plgpu.barrier_arrive(empty.at[slot])
-                plgpu.barrier_wait(gread)
-                g_s.at[w][...] = G.astype(BF)
-                plgpu.commit_smem()
-                plgpu.barrier_arrive(gwrote)
-                plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-                out_s = (dk_s, dv_s)[w]
-                out_s.at[:, pl.ds(0, width)][...] = o0.astype(BF)
-                out_s.at[:, pl.ds(width, width)][...] = o1.astype(BF)
-                plgpu.commit_smem()
-                plgpu.copy_smem_to_gmem(out_s, (dk_g, dv_g)[w].at[b, pl.ds(start, C), h])
-                return G
-
-            G = lax.fori_loop(0, walk.chunks, chunk, G)
-            if initial:
-                initial_g.at[b, span, h, :, mine][...] = G
-            plgpu.barrier_wait(gwrote)
-            plgpu.wait_smem_to_gmem(0)
-
-        for w in range(2):
-            pl.when(wg == w)(functools.partial(compute, w))
-
-        @pl.when(wg == 2)
-        def _producer():
-            def fetch(t, slot):
-                start = walk.start(span, t, reverse=True)
-                for g, s in ((v_g, v_s), (do_g, do_s), (k_g, k_s), (q_g, q_s)):
-                    plgpu.copy_gmem_to_smem(g.at[b, pl.ds(start, C), h], s.at[slot], full.at[slot])
-                if documents:
-                    source = docs_g.at[b, start // C, pl.ds(LAST, 4)]  # without FIRST: shared memory is full
-                    plgpu.copy_gmem_to_smem(source, docs_s[0].at[slot], full.at[slot])
-
-            _ring(fetch, walk.chunks, stages, empty)
-
-    def ring(columns):
-        return plgpu.SMEM((stages, C, columns), BF, transforms=tiles(columns))
-
-    out_type = [jax.ShapeDtypeStruct(x.shape, BF) for x in (k, v)]
-    if initial:
-        out_type.append(jax.ShapeDtypeStruct((B, spans, H, V, K), F32))
-    scratch = [
-        *(ring(K), ring(K), ring(V), ring(V)),
-        plgpu.SMEM((2, C, half), BF, transforms=tiles(half)),
-        plgpu.SMEM((2, V, half), BF, transforms=tiles(half)),
-        plgpu.SMEM((C, K), BF, transforms=tiles(K)),
-        plgpu.SMEM((C, V), BF, transforms=tiles(V)),
-        plgpu.SMEM((C, C), F32, transforms=tiles(C, F32)),
-        plgpu.Barrier(num_arrivals=4 + documents, num_barriers=stages),
-        plgpu.Barrier(num_arrivals=2, num_barriers=stages),
-        plgpu.Barrier(num_arrivals=2),
-        plgpu.Barrier(num_arrivals=2),
-    ]
-    if documents:
-        scratch.append(plgpu.SMEM((stages, 4, C), F32))
-    inputs = [x for x in (q, k, v, do, rate, final, docs) if x is not None]
-    out = _call(body, "linear_attention_backward", out_type, scratch, (B, spans, H))(*inputs)
-    return out[0], out[1], out[2] if initial else None
-
-
-def _call(body, name, out_type, scratch, grid):
+def call(body, name, out_type, scratch, grid):
     body.__name__ = name  # what profilers show
     return plgpu.kernel(
         body,

@@ -21,7 +21,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from linscale.kernels.linear_attention import pallas_gpu_rows as rows
-from linscale.kernels.linear_attention.pallas_gpu_scalar import BF, F32, ROWS, C, _along_rows, _call, load, load_global
+from linscale.kernels.linear_attention.pallas_gpu_scalar import BF, F32, ROWS, C, along_rows, call, load, load_global
 
 SLICE = 32  # channels weighted at a time: what registers hold
 TILE = 16
@@ -150,15 +150,13 @@ def forward(q, k, v, log_decay, initial, *, stages=2):
                     return p.astype(BF), oacc[...]
 
                 p, o = pl.run_scoped(scores, plgpu.ACC((C, C), F32), plgpu.ACC((C, C), F32), plgpu.ACC((C, half), F32))
-                S = S * _along_rows(total_s.at[0], (K, half))
-                keys = k_s if tied else k_s.at[slot]
+                S = S * along_rows(total_s.at[0], (K, half))
 
                 def update(refs):
                     oacc, sacc = refs
                     plgpu.wgmma(oacc, p, v_s.at[slot, wg])
                     plgpu.wgmma(sacc, (k_s if tied else k_s.at[slot]).transpose((1, 0)), v_s.at[slot, wg])
 
-                del keys
                 o, S = pl.run_state(update)((plgpu.ACC.init(o), plgpu.ACC.init(S)))
                 plgpu.barrier_arrive(empty.at[slot])
                 plgpu.barrier_arrive(free)
@@ -217,4 +215,4 @@ def forward(q, k, v, log_decay, initial, *, stages=2):
     ]
     out_type = [jax.ShapeDtypeStruct(v.shape, BF), jax.ShapeDtypeStruct((B, H, K, V), F32)]
     inputs = [x for x in (q, k, v, log_decay, initial) if x is not None]
-    return _call(body, "linear_attention_vector_forward", out_type, scratch, (B, H))(*inputs)
+    return call(body, "linear_attention_vector_forward", out_type, scratch, (B, H))(*inputs)
