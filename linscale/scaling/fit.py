@@ -1,4 +1,7 @@
-"""`linscale fit`: the scaling law of every architecture of a ladder, as a table and as JSON."""
+"""`linscale fit`: the scaling law of every architecture of a ladder, or of any table of runs, as a table and as JSON.
+
+The envelope law (laws.py) is the default for ladders; the forms of L(N, D) are in fit_forms.py, which needs jax.
+"""
 
 import argparse
 import json
@@ -90,9 +93,17 @@ def short(number: float) -> str:
     return f"{number:.3g}"
 
 
+# Named here, so that --help needs no jax; fit_forms has the same, and a test compares.
+FORMS = ("chinchilla", "chinchilla-no-e", "kaplan", "data-constrained", "isoflop")
+
+
 def add_options(parser: argparse.ArgumentParser) -> None:
-    """The choices that change a fit; the report has the same."""
+    """The choices that change an envelope fit; the report has the same."""
     parser.add_argument("--loss", choices=laws.LOSSES, default="heldout", help="which loss to fit (heldout)")
+    add_shared_options(parser)
+
+
+def add_shared_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--compute", choices=runs.ACCOUNTINGS, default="exact", help="how FLOPs are counted (exact)")
     parser.add_argument("--resamples", type=int, default=1000, help="bootstrap draws (1000)")
     parser.add_argument("--seed", type=int, default=0, help="of the bootstrap (0)")
@@ -106,13 +117,53 @@ def chosen(options: argparse.Namespace) -> laws.Options:
     return laws.Options(options.loss, options.compute, options.resamples, options.seed)
 
 
+def add_form_options(parser: argparse.ArgumentParser) -> None:
+    """Fits of L(N, D), by fit_forms."""
+    parser.add_argument(
+        "--form", choices=("envelope", *FORMS), help="of the law (envelope for a ladder, chinchilla for a file)"
+    )
+    parser.add_argument("--n", metavar="COLUMN", help="of N; for a ladder total, nonembedding, nonembedding_with_head")
+    parser.add_argument("--d", metavar="COLUMN", help="of the tokens seen; without it D = C / (6 N)")
+    parser.add_argument("--loss", metavar="COLUMN", help="of the final loss, nats per token; envelope: heldout, train")
+    parser.add_argument("--flops", metavar="COLUMN", help="of the compute in FLOPs")
+    parser.add_argument("--unique", metavar="COLUMN", help="of the unique tokens, for data-constrained")
+    parser.add_argument("--loss-kind", choices=("huber", "lsq", "huber-scale"), default="huber", help="(huber)")
+    parser.add_argument("--delta", type=float, default=1e-3, help="of the Huber loss, in log loss (1e-3)")
+    parser.add_argument("--reduction", choices=("sum", "mean"), default="sum", help="of the printed objective (sum)")
+    parser.add_argument("--drop-worst", type=int, default=0, metavar="K", help="leave out the K runs of highest loss")
+    parser.add_argument("--backtest", type=int, default=0, metavar="K", help="predict the K runs of greatest compute")
+    parser.add_argument("--budget", type=float, nargs="+", default=[], metavar="FLOPS", help="give the optimal N and D")
+    parser.add_argument("--compute-model", choices=("6nd", "counted"), default="6nd", help="C of N and D (6nd)")
+
+
 def main(argv: list[str]) -> int:
-    """Prints the table; writes --json. Raises ConfigError if no architecture has two finished runs."""
-    parser = argparse.ArgumentParser(prog="linscale fit", description="Fit L(C) = a C^b to every architecture's runs.")
-    parser.add_argument("folder", nargs="+", help="output folder of a ladder, or run directories")
+    """Prints the table; writes --json. Raises ConfigError for what cannot be fitted."""
+    parser = argparse.ArgumentParser(
+        prog="linscale fit",
+        description="Fit a scaling law to the runs of a ladder, by architecture, or to a CSV or JSONL file of runs.",
+    )
+    parser.add_argument("folder", nargs="+", metavar="path", help="folder of a ladder, run directories, or one file")
     parser.add_argument("--json", metavar="FILE", help="also write the fits to FILE")
-    add_options(parser)
+    add_form_options(parser)
+    add_shared_options(parser)
     arguments = parser.parse_args(argv)
+    file = next((path for path in arguments.folder if Path(path).is_file()), None)
+    if arguments.form is None:
+        arguments.form = "chinchilla" if file else "envelope"
+    if arguments.form != "envelope":
+        chosen(arguments)
+        from linscale.scaling import fit_forms
+
+        return fit_forms.main(arguments)
+    if file:
+        raise ConfigError(f"--form envelope needs training curves, and {file} is a file; use --form chinchilla.")
+    arguments.loss = arguments.loss or "heldout"
+    if arguments.loss not in laws.LOSSES:
+        raise ConfigError(f"--loss is {arguments.loss!r}; for the envelope it must be {' or '.join(laws.LOSSES)}.")
+    return envelope(arguments)
+
+
+def envelope(arguments: argparse.Namespace) -> int:
     options = chosen(arguments)
     ladder = runs.read(arguments.folder)
     fits, notes = laws.fit_ladder(ladder, options)

@@ -1,0 +1,178 @@
+"""`linscale fit` of a form of L(N, D): options, the table on the terminal, and the JSON file."""
+
+import argparse
+import dataclasses
+import json
+import math
+from pathlib import Path
+
+import numpy as np
+
+from linscale.config import ConfigError
+from linscale.scaling import forms, isoflop, optimum, parametric, tables
+from linscale.scaling import runs as runs_
+from linscale.scaling.minimise import Loss
+
+KIND_NAMES = {
+    "huber": "Huber loss of log L, delta {delta:g}, {reduction} over runs",
+    "lsq": "least squares of log L, {reduction} over runs",
+    "huber-scale": "Huber likelihood of log L with a fitted scale, delta {delta:g} of the scale, {reduction} over runs",
+}
+
+
+def main(arguments: argparse.Namespace) -> int:
+    loss = Loss(arguments.loss_kind, arguments.delta, arguments.reduction)
+    if not (math.isfinite(loss.delta) and loss.delta > 0):
+        raise ConfigError(f"--delta is {loss.delta}; it must be a positive number.")
+    if arguments.drop_worst < 0:
+        raise ConfigError(f"--drop-worst is {arguments.drop_worst}; it must be at least 0.")
+    for budget in arguments.budget:
+        if not (math.isfinite(budget) and budget > 0):
+            raise ConfigError(f"--budget is {budget}; it must be a positive number of FLOPs.")
+    groups, notes = _groups(arguments)
+    results = {}
+    for name, runs in groups.items():
+        if results:
+            print()
+        results[name] = _one(name, runs, loss, arguments, notes)
+    if arguments.json:
+        content = next(iter(results.values())) if len(results) == 1 else {"fits": list(results.values())}
+        try:
+            Path(arguments.json).write_text(json.dumps(content, indent=1, allow_nan=False) + "\n", encoding="utf-8")
+        except OSError as error:
+            raise ConfigError(f"--json {arguments.json} cannot be written: {error.strerror}.") from error
+    return 0
+
+
+def _groups(arguments) -> tuple[dict[str, parametric.Runs], list[str]]:
+    """Tables by name; the name of a file's only table is empty."""
+    files = [path for path in arguments.folder if not Path(path).is_dir()]
+    if files and len(arguments.folder) > 1:
+        raise ConfigError(
+            f"Give one file, or folders of runs; {files[0]} is a file among {len(arguments.folder)} paths."
+        )
+    if files:
+        columns = tables.Columns(arguments.n, arguments.d, arguments.loss, arguments.flops, arguments.unique)
+        runs, notes = tables.read(files[0], columns)
+        return {"": runs}, notes
+    for option in ("d", "flops", "unique"):
+        if getattr(arguments, option):
+            raise ConfigError(f"--{option} names a column of a file; {arguments.folder[0]} is a folder of runs.")
+    groups, notes = tables.from_ladder(runs_.read(arguments.folder), arguments.n or "nonembedding")
+    if not groups:
+        raise ConfigError(" ".join(["No run has finished, so there is nothing to fit.", *notes]))
+    return groups, notes
+
+
+def _one(name: str, runs: parametric.Runs, loss: Loss, arguments, notes: list[str]) -> dict:
+    notes = list(notes)
+    if arguments.drop_worst:
+        if arguments.drop_worst >= len(runs):
+            raise ConfigError(f"--drop-worst is {arguments.drop_worst}, but there are only {len(runs)} runs.")
+        worst = np.sort(np.argsort(-runs.loss, kind="stable")[: arguments.drop_worst])
+        notes.append(
+            f"Left out for their loss, the highest {arguments.drop_worst}: {', '.join(runs.names[i] for i in worst)}."
+        )
+        runs = runs.take(np.setdiff1d(np.arange(len(runs)), worst))
+    if arguments.form == "isoflop":
+        for option in ("backtest", "budget"):
+            if getattr(arguments, option):
+                raise ConfigError(f"--{option} needs a law L(N, D); isoflop is none. Use --form chinchilla.")
+        found = isoflop.fit(runs, arguments.resamples, arguments.seed)
+        formula, loss = isoflop.FORMULA, Loss("lsq", loss.delta, "sum")
+        method = "parabolas of L in log N by least squares, one a budget, straight lines of logarithms through them"
+    else:
+        found = parametric.fit(arguments.form, runs, loss, arguments.resamples, arguments.seed)
+        formula, method = found.form.formula, KIND_NAMES[loss.kind].format(**dataclasses.asdict(loss))
+    notes += found.warnings
+    counted = "as counted" if runs.flops is not None else "6 N D"
+    lines = [f"{name + ': ' if name else ''}{formula}", f"{method}; {len(runs)} runs; N is {runs.n_name}; C {counted}."]
+    lines += [f"Intervals: 95 %, {arguments.resamples} draws of the runs with replacement, seed {arguments.seed}.", ""]
+    lines += _table(
+        ("coefficient", "value", "95 % low", "95 % high"),
+        [(key, value, *found.intervals[key]) for key, value in found.coefficients.items()],
+    )
+    lines.append(f"objective {found.objective:.8g}")
+    out = {
+        "form": arguments.form,
+        "coefficients": found.coefficients,
+        "intervals": {key: list(map(_finite, pair)) for key, pair in found.intervals.items()},
+        "objective": found.objective,
+        "loss": dataclasses.asdict(loss) if loss.kind != "lsq" else dataclasses.asdict(loss) | {"delta": None},
+        "n_runs": len(runs),
+    }
+    if name:
+        out |= {"arch": name, "n": runs.n_name}
+    if arguments.budget:
+        best = [optimum.optimum(found, budget, arguments.compute_model) for budget in arguments.budget]
+        lines += ["", f"Optimum of a budget, C {arguments.compute_model}:"]
+        lines += _table(
+            ("C, FLOPs", "N", "low", "high", "D", "low", "high", "loss", "low", "high"),
+            [(b.flops, b.n, *b.n_interval, b.d, *b.d_interval, b.loss, *b.loss_interval) for b in best],
+        )
+        notes += [f"At {b.flops:.3g} FLOPs the law has no optimum within the searched sizes." for b in best if b.edge]
+        out["optimal"] = [_plain(dataclasses.asdict(b)) | {"compute": arguments.compute_model} for b in best]
+    if arguments.backtest:
+        lines += ["", *_backtest(runs, loss, arguments, out)]
+    out["warnings"] = notes
+    print("\n".join(lines + [f"Warning: {note}" for note in notes]))
+    return out
+
+
+def _backtest(runs, loss, arguments, out) -> list[str]:
+    test = optimum.backtest(arguments.form, runs, arguments.backtest, loss, arguments.resamples, arguments.seed)
+    mean = float(np.abs(test.error).mean())
+    bounded = bool(np.isfinite(test.low).all())
+    out["backtest"] = {
+        "mean_absolute_error": mean,
+        "covered": test.covered if bounded else None,
+        "runs": [
+            _plain({"name": m, "n": n, "d": d, "loss": y, "predicted": p, "interval": (a, b), "error": e})
+            for m, n, d, y, p, a, b, e in zip(
+                test.names, test.n, test.d, test.loss, test.predicted, test.low, test.high, test.error
+            )
+        ],
+    }
+    held = "no interval" if not bounded else f"{test.covered} of {len(test.n)} inside their 95 % interval"
+    return [
+        f"Backtest: fitted to {len(test.fit.runs)} runs, the {len(test.n)} of greatest compute predicted; mean absolute "
+        f"error {100 * mean:.3f} %, {held}.",
+        *_table(
+            ("run", "N", "D", "loss", "predicted", "low", "high", "error %"),
+            list(zip(test.names, test.n, test.d, test.loss, test.predicted, test.low, test.high, 100 * test.error)),
+        ),
+    ]
+
+
+def _finite(value) -> float | None:
+    return float(value) if math.isfinite(value) else None
+
+
+def _plain(entry: dict) -> dict:
+    """JSON has no NaN and no numpy."""
+    out = {}
+    for key, value in entry.items():
+        if isinstance(value, tuple):
+            out[key] = list(map(_finite, value))
+        else:
+            out[key] = value if isinstance(value, str | bool) else _finite(value)
+    return out
+
+
+def _table(head: tuple[str, ...], rows: list[tuple]) -> list[str]:
+    cells = [[_cell(value) for value in row] for row in rows]
+    wide = [max(len(head[i]), *(len(row[i]) for row in cells)) for i in range(len(head))]
+    out = ["  ".join(text.rjust(w) if i else text.ljust(w) for i, (text, w) in enumerate(zip(head, wide)))]
+    out.append("-" * len(out[0]))
+    for row in cells:
+        out.append("  ".join(text.rjust(w) if i else text.ljust(w) for i, (text, w) in enumerate(zip(row, wide))))
+    return out
+
+
+def _cell(value) -> str:
+    if isinstance(value, str):
+        return value[:40]
+    return f"{value:.5g}" if math.isfinite(value) else "-"
+
+
+FORMS = (*forms.FORMS, "isoflop")
