@@ -9,7 +9,8 @@
 3. 4,000 bootstrap refits from the optimum.
 The scipy loop has the analytic gradient and the tolerances that the batched fit needs to agree (it minimises the mean of
 rho / delta, so that its absolute tolerances mean something); it runs a stated fraction of the starts, evenly spread, and
-its time is divided by that fraction. Times include compilation unless "again" is printed.
+its time is divided by that fraction. Times include compilation unless "again" is printed; on a machine shared with
+others the processor time (summed over threads) is the fairer figure.
 """
 
 import argparse
@@ -72,9 +73,10 @@ def scipy_fit(runs, start, weight) -> tuple[float, np.ndarray]:
 
 
 def timed(text, work):
-    began = time.perf_counter()
+    began, cpu = time.perf_counter(), time.process_time()
     out = work()
-    print(f"{text:<58} {time.perf_counter() - began:7.2f} s", flush=True)
+    wall, cpu = time.perf_counter() - began, time.process_time() - cpu
+    print(f"{text:<40} {wall:7.2f} s, processor {cpu:.2f} s", flush=True)
     return out
 
 
