@@ -9,6 +9,8 @@ import logging
 import jax
 import jax.numpy as jnp
 
+from linscale.kernels.softmax_attention.cudnn_packed import packed_attention, serves_packed
+
 _log = logging.getLogger("linscale.kernels")
 
 
@@ -25,9 +27,10 @@ def softmax_attention(
 
     Args:
       q: [B,T,H,K]; k, v: [B,S,H,K]; one dtype, float32 or bfloat16. Without `offset`, S = T.
-      segment_ids: [B,T] integers; a query sees keys of its own id alone. Not together with offset.
+      segment_ids: [B,T] integers in runs of equal ids; a query sees keys of its own run alone. Not with offset.
       offset: the position of the first query among the keys, for decoding with a cache of S slots. May be traced.
-      implementation: "xla", "cudnn", or None: cuDNN on Hopper and Ampere GPUs with bfloat16, XLA elsewhere.
+      implementation: "xla", "cudnn", or None: cuDNN on GPUs with bfloat16, XLA elsewhere. Documents are
+        packed without a mask on Hopper and later, a [B,1,T,T] mask before.
 
     Returns:
       [B,T,H,K] in the dtype of q.
@@ -47,6 +50,8 @@ def softmax_attention(
         on_gpu = jax.default_backend() == "gpu" and q.dtype == jnp.bfloat16 and q.shape[3] % 8 == 0
         implementation = "cudnn" if on_gpu and offset is None else "xla"
     _announce(implementation)
+    if implementation == "cudnn" and segment_ids is not None and serves_packed():
+        return packed_attention(q, k, v, segment_ids)
     mask = None
     if segment_ids is not None:
         mask = (segment_ids[:, :, None] == segment_ids[:, None, :])[:, None]

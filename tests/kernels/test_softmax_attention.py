@@ -1,10 +1,12 @@
 """Softmax attention against a float64 sum over keys, with documents, and with a cache."""
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from linscale.kernels import softmax_attention
+from linscale.kernels.softmax_attention import cudnn_packed
 
 
 def reference(q, k, v, ids=None, offset=0):
@@ -41,3 +43,48 @@ def test_bad_shapes_are_named():
         softmax_attention(x, x[:, :3], x[:, :3])
     with pytest.raises(ValueError, match="do not fit"):
         softmax_attention(x, x, x[..., :4])
+
+
+def test_document_table_names_starts_and_lengths():
+    ids = np.array([[1, 1, 2, 3, 3, 3], [7, 7, 7, 7, 7, 0]])
+    starts, lengths, fits = cudnn_packed.document_table(jnp.array(ids), 4)
+    np.testing.assert_array_equal(starts, [[0, 2, 3, -1, -1], [0, 5, -1, -1, -1]])
+    np.testing.assert_array_equal(lengths, [[2, 1, 3, -1], [5, 1, -1, -1]])
+    assert fits
+    assert not cudnn_packed.document_table(jnp.array(ids), 2)[2]
+
+
+def test_blocks_of_queries_equal_the_sum(monkeypatch):
+    monkeypatch.setattr(cudnn_packed, "_QUERY_BLOCK", 16)
+    rng = np.random.default_rng(3)
+    q, k, v = rng.normal(size=(3, 2, 37, 3, 8))
+    ids = np.cumsum(rng.random((2, 37)) < 0.1, axis=1)
+    got = cudnn_packed.blockwise(*map(jnp.float32, (q, k, v)), jnp.array(ids))
+    np.testing.assert_allclose(got, reference(q, k, v, ids), atol=1e-5)
+
+    def loss(attend):
+        return jax.grad(lambda *x: jnp.sum(jnp.sin(attend(*x))), argnums=(0, 1, 2))(*map(jnp.float32, (q, k, v)))
+
+    blocks = loss(lambda *x: cudnn_packed.blockwise(*x, jnp.array(ids)))
+    for a, b in zip(blocks, loss(lambda *x: softmax_attention(*x, segment_ids=ids)), strict=True):
+        np.testing.assert_allclose(a, b, atol=1e-5)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("documents_a_row", (1, 5, 100))
+@pytest.mark.parametrize("tokens", (512, 1000))
+def test_packed_cudnn_equals_a_mask(documents_a_row, tokens):
+    """100 documents a row are more than the table holds: the slow form must take over."""
+    rng = np.random.default_rng(tokens + documents_a_row)
+    q, k, v, d_out = jnp.asarray(rng.normal(size=(4, 3, tokens, 4, 64)), jnp.bfloat16)
+    ids = jnp.asarray(1 + np.cumsum(rng.random((3, tokens)) < (documents_a_row - 1) / tokens, axis=1))
+    mask = (ids[:, :, None] == ids[:, None, :])[:, None]
+
+    def exact(q, k, v):
+        return jax.nn.dot_product_attention(q, k, v, mask=mask, is_causal=True, implementation="xla")
+
+    out, pull = jax.vjp(lambda *x: softmax_attention(*x, segment_ids=ids, implementation="cudnn"), q, k, v)
+    want, pull_exact = jax.vjp(exact, *(x.astype(jnp.float32) for x in (q, k, v)))
+    for a, b in zip((out, *pull(d_out)), (want, *pull_exact(d_out.astype(jnp.float32))), strict=True):
+        a, b = (np.asarray(x, np.float64) for x in (a, b))
+        assert np.sqrt(np.mean((a - b) ** 2)) / np.sqrt(np.mean(b**2)) < 1e-2

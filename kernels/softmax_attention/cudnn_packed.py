@@ -1,0 +1,88 @@
+"""cuDNN's causal attention over packed documents, without a [T, T] mask in memory.
+
+JAX's public function takes documents only as a mask: [B,1,T,T], 8.6 GB in bfloat16 at 65,536 tokens, and read by every
+head. cuDNN itself takes the offsets and lengths of the documents in each row ("packed layout"); JAX holds that path in
+its cudnn module, which this file is the only one to import. The number of documents a row may hold is part of the
+compiled program: rows with more run through blocks of masked XLA attention, slower and as exact.
+
+Letters: B batch, T tokens, H heads, K channels, M documents a row may hold.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+
+MAX_DOCUMENTS = 64  # a row; more is exact and slow
+_QUERY_BLOCK = 256  # queries whose mask exists at one time in the slow form
+
+
+def serves_packed() -> bool:
+    """cuDNN's packed layout needs Hopper (compute capability 9.0) or later."""
+    return float(getattr(jax.devices()[0], "compute_capability", "0")) >= 9
+
+
+def packed_attention(q, k, v, segment_ids, max_documents: int = MAX_DOCUMENTS):
+    """q, k, v [B,T,H,K] bfloat16, segment_ids [B,T] in runs of equal ids: [B,T,H,K]. Hopper or later."""
+    documents = min(max_documents, q.shape[1])
+    starts_BM, lengths_BM, fits = document_table(segment_ids, documents)
+    return jax.lax.cond(
+        fits,
+        lambda: _cudnn(q, k, v, starts_BM, lengths_BM),
+        lambda: blockwise(q, k, v, segment_ids),
+    )
+
+
+def document_table(segment_ids, documents: int):
+    """(first token [B,M+1], length [B,M], whether every row has at most M documents), -1 where there is none.
+
+    The column M+1 is always -1: the layout asks for room for an end that the lengths already give.
+    """
+    tokens = segment_ids.shape[1]
+    changes = segment_ids[:, 1:] != segment_ids[:, :-1]
+    is_start = jnp.pad(changes, [(0, 0), (1, 0)], constant_values=True)
+    first = functools.partial(jnp.nonzero, size=documents, fill_value=tokens)
+    starts = jax.vmap(lambda row: first(row)[0])(is_start).astype(jnp.int32)
+    ends = jnp.pad(starts[:, 1:], [(0, 0), (0, 1)], constant_values=tokens)
+    lengths = jnp.where(starts < tokens, ends - starts, -1)
+    starts = jnp.pad(jnp.where(starts < tokens, starts, -1), [(0, 0), (0, 1)], constant_values=-1)
+    return starts, lengths, jnp.all(is_start.sum(axis=1) <= documents)
+
+
+def _cudnn(q, k, v, starts_BM, lengths_BM):
+    from jax._src.cudnn import fused_attention_stablehlo as cudnn
+
+    return cudnn.dot_product_attention(
+        q,
+        k,
+        v,
+        q_seqlen=lengths_BM,
+        kv_seqlen=lengths_BM,
+        q_offsets=starts_BM,
+        kv_offsets=starts_BM,
+        scale=q.shape[-1] ** -0.5,
+        mask_type=cudnn.MaskType.PADDING_CAUSAL,
+    )
+
+
+def blockwise(q, k, v, segment_ids):
+    """The same by XLA, a block of queries at a time, recomputed in the backward: memory is linear in T."""
+    tokens = q.shape[1]
+    size = min(_QUERY_BLOCK, tokens)
+    padded = -(-tokens // size) * size
+
+    def to_blocks(x):
+        x = jnp.pad(x, [(0, 0), (0, padded - tokens)] + [(0, 0)] * (x.ndim - 2))
+        return jnp.moveaxis(x.reshape(x.shape[0], -1, size, *x.shape[2:]), 1, 0)
+
+    @jax.checkpoint
+    def block(x):
+        q_BCHK, ids_BC, first = x
+        causal = jnp.arange(tokens) <= first + jnp.arange(size)[:, None]
+        mask = causal & (ids_BC[:, :, None] == segment_ids[:, None, :])
+        # A padding query may see no key: it must see one, or its softmax and gradient are not numbers.
+        mask |= (jnp.arange(tokens) == 0) & ~mask.any(axis=-1, keepdims=True)
+        return jax.nn.dot_product_attention(q_BCHK, k, v, mask=mask[:, None], implementation="xla")
+
+    out = jax.lax.map(block, (to_blocks(q), to_blocks(segment_ids), jnp.arange(0, padded, size)))
+    return jnp.moveaxis(out, 0, 1).reshape(q.shape[0], padded, *q.shape[2:])[:, :tokens]
