@@ -71,6 +71,8 @@ class Train:
     eval_count: int = 8  # held-out evaluations of a run, spaced evenly in log(step); the last is at the end
     checkpoint_every: int = 200  # steps
     checkpoint_keep: int = 2  # newest checkpoints kept
+    spike_sigma: float = 6.0  # skip a step whose gradient norm is so many sigma over the last 128; 0: only non-finite
+    skip_limit: int = 10  # skipped steps in a row after which training stops
 
 
 @dataclasses.dataclass(frozen=True)
@@ -214,8 +216,10 @@ def _check(c: Config) -> None:
         "eval_count",
         "checkpoint_every",
         "checkpoint_keep",
+        "skip_limit",
     ):
         at_least(f"train.{field}", getattr(t, field), 1)
+    at_least("train.spike_sigma", t.spike_sigma, 0)
     at_least("train.steps", t.steps, 0)
     at_least("train.tokens", t.tokens, 0 if t.steps else 1)
     if t.batch % t.accumulation:

@@ -126,13 +126,19 @@ def compile_programs(config: Config, abstract: step.TrainState, sharding):
 def record(log: metrics.Log, progress: metrics.Progress, config: Config, n: int, measured: dict) -> None:
     """Reads the metrics of step n from the device, and writes its line when it is due."""
     values = {name: float(value) for name, value in jax.device_get(measured).items()}
-    if not (math.isfinite(values["loss"]) and math.isfinite(values["grad_norm"])):
+    if values["in_a_row"] >= config.train.skip_limit:
         raise FloatingPointError(
-            f"{config.name} diverged at step {n} (loss {values['loss']}, gradient norm {values['grad_norm']}); lower "
-            f"config.optimizer.learning_rate, now {config.optimizer.learning_rate}, under another config.name."
+            f"{config.name} diverged: {config.train.skip_limit} steps in a row to step {n} were skipped (loss "
+            f"{values['loss']}, gradient norm {values['grad_norm']}); lower config.optimizer.learning_rate, now "
+            f"{config.optimizer.learning_rate}, under another config.name."
+        )
+    if values["in_a_row"]:
+        say(
+            f"{config.name}: step {n} skipped, its gradient norm {values['grad_norm']:.4g} is not finite or above "
+            f"{values['norm_limit']:.4g} (loss {values['loss']:.4g}; {values['skipped']:.0f} skipped so far)"
         )
     if n % config.train.log_every == 0 or n == config.steps:
-        log.training(n, values["loss"], values["grad_norm"], values["lr"])
+        log.training(n, values)
     progress.update(n, values["loss"])
 
 

@@ -59,14 +59,17 @@ class Log:
         """Wall time of the run, that of earlier processes up to the restored checkpoint included."""
         return self._before + time.perf_counter() - self._started
 
-    def training(self, step: int, loss: float, grad_norm: float, lr: float) -> None:
+    def training(self, step: int, values: dict[str, float]) -> None:
+        """values: metrics of the train step. What is not finite is written as null; skipped steps once there are any."""
         now = time.perf_counter()
         rate = (step - self._logged) * self._tokens_per_step / max(now - self._interval, 1e-9)
         self._logged, self._interval = step, now
         self._write(
             self._totals(step)
-            | {"loss": loss, "grad_norm": grad_norm, "lr": lr, "tokens_per_s": round(rate, 1)}
+            | {name: value if math.isfinite(value := values[name]) else None for name in ("loss", "grad_norm", "lr")}
+            | ({"skipped": int(values["skipped"])} if values["skipped"] else {})
             | {
+                "tokens_per_s": round(rate, 1),
                 "mfu": rate * self._flops_per_token / self._peak if self._peak else None,
                 "seconds": round(self.seconds, 3),
             }

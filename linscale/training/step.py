@@ -13,7 +13,7 @@ import optax
 
 from linscale import models
 from linscale.config import Config
-from linscale.training import optimizer
+from linscale.training import guard, optimizer
 
 
 @jax.tree_util.register_dataclass
@@ -21,19 +21,21 @@ from linscale.training import optimizer
 class TrainState:
     params: Any  # nested dict of float32, as linscale.models.init
     opt_state: Any  # of optimizer.make
-    step: jax.Array  # int32: finished optimizer steps
+    step: jax.Array  # int32: finished optimizer steps, skipped ones included
+    guard: guard.Guard  # what decides whether a step is skipped
 
 
 def init(config: Config) -> TrainState:
     """The state before the first step, a pure function of the config. Meant to be jitted or shape-evaluated."""
     params = models.init(config.model, config.seed)
-    return TrainState(params, optimizer.make(config).init(params), jnp.int32(0))
+    return TrainState(params, optimizer.make(config).init(params), jnp.int32(0), guard.init())
 
 
 def train_step(config: Config, state: TrainState, batch: dict) -> tuple[TrainState, dict]:
     """One optimizer step. batch: tokens, labels, segment_ids int32 [B,T], weights float32 [B,T].
 
-    Metrics, float32 scalars: loss (nats per weighted token, before the update), grad_norm (before clipping), lr.
+    Metrics, scalars: loss (nats per weighted token, before the update), grad_norm (before clipping), lr, and those of
+    guard.judge, which may refuse the update.
     Losses and weights are summed over micro-batches and divided once, so that accumulation changes only rounding,
     also where micro-batches differ in padding.
     """
@@ -56,13 +58,13 @@ def train_step(config: Config, state: TrainState, batch: dict) -> tuple[TrainSta
 
     weights = jnp.maximum(weights, 1)
     grads = jax.tree.map(lambda g: g / weights, grads)
+    loss, norm = nats / weights, optax.tree.norm(grads)
+    good, guarded, judged = guard.judge(config, state.guard, loss, norm)
     updates, opt_state = optimizer.make(config).update(grads, state.opt_state, state.params)
-    metrics = {
-        "loss": nats / weights,
-        "grad_norm": optax.tree.norm(grads),
-        "lr": optimizer.schedule(config)(state.step),
-    }
-    return TrainState(optax.apply_updates(state.params, updates), opt_state, state.step + 1), metrics
+    params = guard.choose(good, optax.apply_updates(state.params, updates), state.params)
+    opt_state = guard.choose(good, opt_state, state.opt_state)
+    metrics = {"loss": loss, "grad_norm": norm, "lr": optimizer.schedule(config)(state.step)} | judged
+    return TrainState(params, opt_state, state.step + 1, guarded), metrics
 
 
 def eval_step(config: Config, params, batch: dict) -> tuple[jax.Array, jax.Array]:
