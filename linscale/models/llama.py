@@ -32,24 +32,29 @@ class Mixer(nnx.Module):
         shape = (batch, slots, model.heads, model.width // model.heads)
         return {"k": jnp.zeros(shape, compute_dtype(model)), "v": jnp.zeros(shape, compute_dtype(model))}
 
-    def __call__(self, x_BTD, *, layer, position, segment_ids, cache):
+    def __call__(self, x_BTD, *, layer, position, segment_ids, cache, start=None):
         q, k, v = (split_heads(w(x_BTD), self.model.heads) for w in (self.query, self.key, self.value))
         positions = position + jnp.arange(x_BTD.shape[1])
+        if start is not None:  # rows padded on the left: positions count from each row's first token
+            positions = positions - start[:, None]
         q, k = (rotate(x, positions, self.model.rope_base) for x in (q, k))
         offset = None
         if cache is not None:
             put = jax.lax.dynamic_update_slice_in_dim
             cache = {"k": put(cache["k"], k, position, axis=1), "v": put(cache["v"], v, position, axis=1)}
             k, v, offset = cache["k"], cache["v"], position
-        out = softmax_attention(q, k, v, segment_ids=segment_ids, offset=offset)
+        out = softmax_attention(q, k, v, segment_ids=segment_ids, offset=offset, start=start)
         return self.out(merge_heads(out)), cache
 
 
-def rotate(x_BTHK, positions_T, base):
-    """Rotary embedding on pairs (c, c + K/2) with frequencies base^(-2c/K), as LLaMA in Hugging Face's layout."""
+def rotate(x_BTHK, positions, base):
+    """Rotary embedding on pairs (c, c + K/2) with frequencies base^(-2c/K), as LLaMA in Hugging Face's layout.
+
+    positions: [T], or [B,T] where rows differ.
+    """
     half = x_BTHK.shape[-1] // 2
     frequency = base ** (-jnp.arange(half, dtype=jnp.float32) / half)
-    angle = positions_T[:, None, None] * frequency
+    angle = positions[..., None, None] * frequency
     cos, sin = jnp.cos(angle), jnp.sin(angle)
     a, b = jnp.split(x_BTHK.astype(jnp.float32), 2, axis=-1)
     return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1).astype(x_BTHK.dtype)

@@ -67,6 +67,8 @@ class Transformer(nnx.Module):
 
     def __call__(self, tokens_BT, segment_ids_BT, cache):
         x_BTD = self.embedding[...].astype(compute_dtype(self.model))[tokens_BT]
+        if cache is not None and "start" in cache and tokens_BT.shape[1] > 1:
+            segment_ids_BT, cache = _forget_left_padding(cache, tokens_BT.shape[1])
         new_cache = None if cache is None else cache | {"position": cache["position"] + tokens_BT.shape[1]}
         if self.tpe is not None:
             x_BTD, tpe = self.tpe(x_BTD, segment_ids=segment_ids_BT, cache=None if cache is None else cache["tpe"])
@@ -79,6 +81,7 @@ class Transformer(nnx.Module):
 
     def _run_layers(self, x_BTD, segment_ids_BT, cache):
         position = 0 if cache is None else cache["position"]
+        start = None if cache is None else cache.get("start")
         stacks = {}
         for kind, at in layer_indices(self.model).items():
             graphdef, params = nnx.split(self.layers[kind])
@@ -87,10 +90,14 @@ class Transformer(nnx.Module):
                 params["mixer"] = _MIXERS[kind].across_layers(params["mixer"])
             stacks[kind] = (params, jnp.asarray(at), None if cache is None else cache["layers"][kind])
 
-            def one_layer(x_BTD, xs, graphdef=graphdef):
+            context = {"position": position, "segment_ids": segment_ids_BT}
+            if kind == "llama" and start is not None:  # its keys are masked instead
+                context |= {"segment_ids": None, "start": start}
+
+            def one_layer(x_BTD, xs, graphdef=graphdef, context=context):
                 params, layer, cache = xs
                 block = nnx.merge(graphdef, params)
-                return block(x_BTD, layer=layer, position=position, segment_ids=segment_ids_BT, cache=cache)
+                return block(x_BTD, layer=layer, cache=cache, **context)
 
             stacks[kind] = (_remat(one_layer, self.model.remat), stacks[kind])
 
@@ -132,6 +139,25 @@ def _run_periods(run, runs, stacks, x_BTD, model):
     return x_BTD, new
 
 
+def _forget_left_padding(cache, tokens):
+    """(segment ids [B,T] that part a row's padding from its text, the cache without states of padding alone)."""
+    position, start_B = cache["position"], cache["start"]
+    segment_ids_BT = (position + jnp.arange(tokens) >= start_B[:, None]).astype(jnp.int32)
+    reads_B = position > start_B
+
+    def clear(state, axis):
+        return jnp.where(reads_B.reshape((-1,) + (1,) * (state.ndim - axis - 1)), state, 0)
+
+    layers = {
+        kind: state if kind == "llama" else jax.tree.map(lambda s: clear(s, 1), state)
+        for kind, state in cache["layers"].items()
+    }
+    cache = cache | {"layers": layers}
+    if "tpe" in cache:
+        cache["tpe"] = clear(cache["tpe"], 0)
+    return segment_ids_BT, cache
+
+
 def _stack(model, kind, layers, rngs):
     @nnx.split_rngs(splits=layers)
     @nnx.vmap(in_axes=0, out_axes=0)
@@ -158,13 +184,20 @@ def init(model: Model, seed: int | jax.Array) -> dict:
     return nnx.to_pure_dict(nnx.state(Transformer(model, nnx.Rngs(jax.random.key(seed))), nnx.Param))
 
 
-def init_cache(model: Model, batch: int, slots: int = 0) -> dict:
-    """An empty decoding cache. slots: the longest sequence, which softmax layers need and linear ones ignore."""
+def init_cache(model: Model, batch: int, slots: int = 0, start: jax.Array | None = None) -> dict:
+    """An empty decoding cache.
+
+    slots: the longest sequence, padding included, which softmax layers need and linear ones ignore.
+    start: [B] integers: row b is padded on its left up to this position, and nothing of the padding reaches any layer.
+      The padding must end in calls of more than one token (prefill).
+    """
     layers = {}
     for kind, at in layer_indices(model).items():
         one = _MIXERS[kind].empty_cache(model, batch, slots)
         layers[kind] = jax.tree.map(lambda x: jnp.broadcast_to(x, (len(at), *x.shape)), one)  # noqa: B023
     cache = {"position": jnp.int32(0), "layers": layers}
+    if start is not None:
+        cache["start"] = jnp.asarray(start, jnp.int32)
     if model.arch == "cosformer2":
         cache["tpe"] = Tpe.empty_cache(model, batch)
     return cache
