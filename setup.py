@@ -40,6 +40,7 @@ setup(
         "tiktoken>=0.8",
         "tensorboardX>=2.6.2",
         "tqdm>=4.66",
+        "pyyaml>=6",
     ],
     extras_require={
         "cuda": ["jax[cuda13]>=0.10"],  # driver 580 or newer; older drivers: pip install 'jax[cuda12]'
@@ -47,7 +48,15 @@ setup(
         "eval": ["lm-eval>=0.4.9"],
         "hf": ["transformers>=4.45", "safetensors>=0.4"],
         "wandb": ["wandb>=0.18"],
-        "test": ["pytest>=8", "pytest-xdist>=3.6", "hypothesis>=6.100", "ruff>=0.9", "tensorboard>=2.17"],
+        "test": [
+            "pytest>=8",
+            "pytest-xdist>=3.6",
+            "hypothesis>=6.100",
+            "ruff>=0.9",
+            "tensorboard>=2.17",
+            "jsonschema>=4.20",
+            "kubernetes>=30",
+        ],
     },
     entry_points={"console_scripts": ["linscale=linscale.cli:main"]},
 )

@@ -60,7 +60,7 @@ def test_usage_without_command(capsys):
 def test_unknown_command(capsys):
     assert cli.main(["trian"]) == 2
     assert capsys.readouterr().err == (
-        "linscale: error: 'trian' is not a command; it must be one of train, ladder, fit, report, count, doctor.\n"
+        f"linscale: error: 'trian' is not a command; it must be one of {', '.join(cli.COMMANDS)}.\n"
     )
 
 
