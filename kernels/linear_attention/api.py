@@ -9,10 +9,15 @@ import logging
 import jax
 import jax.numpy as jnp
 
-from linscale.kernels.linear_attention import chunked, pallas_gpu, reference
+from linscale.kernels.linear_attention import chunked, pallas_gpu, pallas_tpu, reference
 
-_IMPLEMENTATIONS = {"scan": reference.scan, "chunked": chunked.chunked, "pallas_gpu": pallas_gpu.pallas_gpu}
-_RESERVED = ("pallas_tpu",)  # its kernels are not written yet
+_IMPLEMENTATIONS = {
+    "scan": reference.scan,
+    "chunked": chunked.chunked,
+    "pallas_gpu": pallas_gpu.pallas_gpu,
+    "pallas_tpu": pallas_tpu.pallas_tpu,
+}
+_REFUSALS = {"pallas_tpu": pallas_tpu.refusal, "pallas_gpu": pallas_gpu.refusal}
 
 _log = logging.getLogger("linscale.kernels")
 
@@ -45,7 +50,9 @@ def linear_attention(
       segment_ids: [B,T] integers. A new document starts wherever the id differs from the token before; the state is
         reset there. The first document of a row continues `initial_state`.
       implementation: None picks the best available; "scan" (one token at a time, the reference), "chunked" (matrix
-        products over chunks in XLA, any device) or "pallas_gpu" (Hopper GPUs, bfloat16, 64 or 128 channels) forces one.
+        products over chunks in XLA, any device), "pallas_gpu" (Hopper GPUs, bfloat16, 64 or 128 channels) or "pallas_tpu"
+        (TPUs, 64 or 128 channels) forces one. Which device the program is for is told by the mesh in context or the
+        default backend, so that programs compiled ahead of time for another machine choose as that machine would.
 
     Returns:
       out [B,T,H,V] in the dtype of v, and the state after the last token, float32. With phase the state is
@@ -56,14 +63,17 @@ def linear_attention(
       ValueError: shapes or dtypes that do not fit, phase with log_decay, an implementation that cannot serve.
     """
     _check(q, k, v, log_decay, phase, initial_state, segment_ids)
-    reason = pallas_gpu.refusal(q, k, v, log_decay) if implementation in (None, "pallas_gpu") else None
-    if implementation == "pallas_gpu" and reason is not None:
-        raise ValueError(f"implementation='pallas_gpu' cannot serve: {reason}. None or 'chunked' can.")
-    name = implementation or ("chunked" if reason or pallas_gpu.several_devices() else "pallas_gpu")
-    if name not in _IMPLEMENTATIONS:
+    if implementation is not None and implementation not in _IMPLEMENTATIONS:
         known = ", ".join(repr(n) for n in _IMPLEMENTATIONS)
-        what = "not available in this version" if name in _RESERVED else "unknown"
-        raise ValueError(f"implementation={name!r} is {what}; it must be None or one of {known}.")
+        raise ValueError(f"implementation={implementation!r} is unknown; it must be None or one of {known}.")
+    asked = _REFUSALS if implementation is None else _REFUSALS.keys() & {implementation}
+    refusals = {n: _REFUSALS[n](q, k, v, log_decay, phase) for n in asked}
+    if refusals.get(implementation) is not None:
+        raise ValueError(
+            f"implementation={implementation!r} cannot serve: {refusals[implementation]}. None or 'chunked' can."
+        )
+    serving = [n for n, reason in refusals.items() if reason is None]
+    name = implementation or ("chunked" if not serving or _partitioned(q) else serving[0])
     _announce(name, "phase" if phase is not None else _decay_kind(log_decay))
     return _IMPLEMENTATIONS[name](q, k, v, log_decay, phase, initial_state, segment_ids)
 
@@ -94,6 +104,14 @@ def linear_attention_step(
     decay = log_decay[:, None] if log_decay is not None and log_decay.ndim == 3 else log_decay
     _check(*one_token, decay, phase, state, None)
     return reference.step(q, k, v, state, log_decay, phase)
+
+
+def _partitioned(x) -> bool:
+    """Whether the partitioner will spread this program over devices: kernels are opaque to it outside shard_map."""
+    for mesh in (jax.sharding.get_abstract_mesh(), getattr(jax.typeof(x).sharding, "mesh", None)):
+        if mesh is not None and not mesh.empty:
+            return any(n > 1 and t != jax.sharding.AxisType.Manual for n, t in zip(mesh.axis_sizes, mesh.axis_types))
+    return jax.device_count() > 1
 
 
 def _decay_kind(log_decay) -> str:

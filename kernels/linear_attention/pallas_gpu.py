@@ -21,7 +21,7 @@ MULTIPROCESSORS = 132  # of an H100 or H200
 CHANNELS = (64, 128)
 
 
-def refusal(q, k, v, log_decay) -> str | None:
+def refusal(q, k, v, log_decay, phase=None) -> str | None:
     """Why these kernels cannot serve the call, as a sentence without its stop; None if they can."""
     if not on_hopper():
         device = jax.devices()[0].device_kind
@@ -44,11 +44,6 @@ def on_hopper() -> bool:
     if tuple(int(x) for x in jax.__version__.split(".")[:2]) < (0, 11):
         return False
     return jax.default_backend() == "gpu" and getattr(jax.devices()[0], "compute_capability", "") == "9.0"
-
-
-def several_devices() -> bool:
-    """The kernels are opaque to the partitioner: over several devices they belong inside jax.shard_map."""
-    return jax.device_count() > 1
 
 
 def pallas_gpu(q, k, v, log_decay, phase, initial_state, segment_ids):

@@ -203,8 +203,11 @@ def test_compile_does_not_grow_with_length():
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"implementation": "pallas_tpu"}, "not available in this version"),
-        ({"implementation": "fast"}, "unknown; it must be None or one of 'scan', 'chunked', 'pallas_gpu'"),
+        ({"implementation": "pallas_tpu"}, "cannot serve: it needs a TPU, this program is for cpu"),
+        (
+            {"implementation": "fast"},
+            "unknown; it must be None or one of 'scan', 'chunked', 'pallas_gpu', 'pallas_tpu'",
+        ),
         ({"k": jnp.zeros((1, 4, 2, 7))}, r"k has shape \(1, 4, 2, 7\); it must be \(1, 4, 2, 8\)"),
         ({"k": None}, "needs a log_decay"),
         ({"log_decay": jnp.zeros(3)}, r"log_decay has shape \(3,\); it must be \(2,\)"),

@@ -1,0 +1,141 @@
+"""Linear attention on TPUs: which calls the kernels serve, how arrays are laid out for them, and the gradients.
+
+The kernels read [B,T,H,K] as [B,T,H*K] in columns of 128 lanes, a view that costs nothing where the projections before
+wrote it that way. They hold one head of 128 channels or two of 64 in a column.
+
+Letters: B batch, T tokens, H heads, K key channels, V value channels, W columns, C tokens of a chunk.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from jax.custom_derivatives import SymbolicZero
+
+from linscale.kernels.linear_attention import pallas_tpu_scalar as scalar
+from linscale.kernels.linear_attention import pallas_tpu_tiles as tiles
+from linscale.kernels.linear_attention.reference import document_starts
+
+CHANNELS = (64, 128)
+LANES = 128
+INTERPRET = None  # pltpu.InterpretParams: the kernels then run on any device, slowly; for tests
+
+
+def refusal(q, k, v, log_decay, phase) -> str | None:
+    """Why these kernels cannot serve the call, as a sentence without its stop; None if they can."""
+    if tiles.target(q) is None and INTERPRET is None:
+        return f"it needs a TPU, this program is for {jax.default_backend()}"
+    if q.dtype not in (jnp.bfloat16, jnp.float32):
+        return f"q, k and v have dtype {q.dtype}, it takes bfloat16 or float32"
+    if q.shape[-1] not in CHANNELS or v.shape[-1] not in CHANNELS:
+        return f"it takes 64 or 128 channels a head, q has {q.shape[-1]} and v {v.shape[-1]}"
+    if phase is not None or (log_decay is not None and log_decay.ndim == 4):
+        return "its kernels for phase and for vector decay are not written yet"
+    return None
+
+
+def pallas_tpu(q, k, v, log_decay, phase, initial_state, segment_ids):
+    """Arguments and results as `api.linear_attention`."""
+    batch, tokens, H, K = q.shape
+    V = v.shape[-1]
+    heads = 2 if K == V == 64 else 1
+    size = tiles.SCALAR[tiles.generation(tiles.target(q))]
+    chunks = -(-tokens // size.chunk)
+    blocks = -(-chunks // max(size.block // size.chunk, 1))
+    chunks = -(-chunks // blocks)
+    width = -(-H // heads)  # columns
+    plan = scalar.Plan(
+        tokens=tokens,
+        heads=heads,
+        chunk=size.chunk,
+        chunks=chunks,
+        columns=_divisor(width, size.forward),
+        columns_backward=_divisor(width, size.backward),
+        decay=log_decay is not None,
+        interpret=INTERPRET or False,
+    )
+    padded = blocks * chunks * size.chunk
+
+    def to_columns(x):
+        wide = LANES // heads
+        x = _pad(x, [(0, 0), (0, padded - tokens), (0, width * heads - H), (0, wide - x.shape[-1])])
+        return x.reshape(batch, padded, width * LANES)
+
+    rate = None
+    if log_decay is not None:  # bounded, because minus infinity times an age of 0 would be NaN
+        rate = _pad(jnp.maximum(log_decay.astype(jnp.float32), -1e4), [(0, width * heads - H)])
+    initial = None if initial_state is None else _state_to_columns(initial_state.astype(jnp.float32), width, heads)
+    docs = None if segment_ids is None else _documents(segment_ids, q, padded, size.chunk)
+    out, state = _scalar(plan, to_columns(q), to_columns(k), to_columns(v), rate, initial, docs)
+    out = out.reshape(batch, padded, width * heads, LANES // heads)[:, :tokens, :H, :V]
+    return out, _state_from_columns(state, heads)[:, :H, :K, :V]
+
+
+def _divisor(n: int, most: int) -> int:
+    return max(d for d in range(1, most + 1) if n % d == 0)
+
+
+def _pad(x, widths, **kw):
+    return jnp.pad(x, widths, **kw) if any(w != (0, 0) for w in widths) else x
+
+
+def _state_to_columns(state, width, heads):
+    """[B,H,K,V] -> [B,W,128,128]; two heads of 64 become the blocks of a diagonal."""
+    wide = LANES // heads
+    batch, H, K, V = state.shape
+    state = _pad(state, [(0, 0), (0, width * heads - H), (0, wide - K), (0, wide - V)])
+    if heads == 1:
+        return state
+    state = state.reshape(batch, width, 2, wide, wide)
+    own = jnp.eye(2, dtype=state.dtype)[:, None, :, None]
+    return (state[:, :, :, :, None, :] * own).reshape(batch, width, LANES, LANES)
+
+
+def _state_from_columns(state, heads):
+    """[B,W,128,128] -> [B,W*heads,128/heads,128/heads]."""
+    if heads == 1:
+        return state
+    batch, width = state.shape[:2]
+    both = jnp.stack([state[..., :64, :64], state[..., 64:, 64:]], axis=2)
+    return both.reshape(batch, width * 2, 64, 64)
+
+
+def _documents(segment_ids, q, padded, C):
+    """What the kernels need to know of documents, [B,T/C,8,C] float32.
+
+    Rows: documents begun by a token, whether it reads the state before its chunk, whether it reaches the chunk's end,
+    whether the state passes the whole chunk; the rest is zero.
+    """
+    batch, tokens = segment_ids.shape
+    begun = jnp.cumsum(document_starts(segment_ids, q), axis=1)
+    begun = _pad(begun, [(0, 0), (0, padded - tokens)], mode="edge").reshape(batch, padded // C, C)
+    last = begun[..., -1:]
+    before = jnp.pad(last[:, :-1], ((0, 0), (1, 0), (0, 0)))  # the first token starts no document
+    rows = (begun, begun == before, begun == last, jnp.broadcast_to(before == last, begun.shape))
+    docs = jnp.stack([r.astype(jnp.float32) for r in rows], axis=2)
+    return jnp.pad(docs, ((0, 0), (0, 0), (0, scalar.DOCUMENT_ROWS - len(rows)), (0, 0)))
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _scalar(plan, q, k, v, rate, initial, docs):
+    return scalar.forward(plan, q, k, v, rate, initial, docs, save=False)[:2]
+
+
+def _scalar_forward(plan, *args):
+    q, k, v, rate, initial, docs = jax.tree.map(lambda x: x.value, args, is_leaf=lambda x: hasattr(x, "perturbed"))
+    learn = args[3] is not None and args[3].perturbed
+    out, state, saved = scalar.forward(plan, q, k, v, rate, initial, docs, save=True)
+    return (out, state), (q, k, v, rate, docs, saved, None if initial is None else (), () if learn else None)
+
+
+def _scalar_backward(plan, residuals, cotangents):
+    q, k, v, rate, docs, saved, started, learn = residuals
+    d_out, d_state = (None if isinstance(d, SymbolicZero) else d for d in cotangents)
+    d_out = jnp.zeros_like(v) if d_out is None else d_out
+    dq, dk, dv, d_initial, d_rate = scalar.backward(
+        plan, q, k, v, rate, docs, saved, d_out, d_state, learn=learn is not None
+    )
+    return dq, dk, dv, d_rate, None if started is None else d_initial, None
+
+
+_scalar.defvjp(_scalar_forward, _scalar_backward, symbolic_zeros=True)

@@ -1,0 +1,142 @@
+"""The TPU kernels: in interpret mode on any machine, with race detection, against the float64 scan; and compiled ahead
+of time for every generation.
+
+pytest -m slow tests/kernels/test_pallas_tpu.py          the whole shared class, 64 and 128 channels
+pytest -m tpu_compile tests/kernels/test_pallas_tpu.py   needs libtpu (the extra "tpu"), no TPU
+"""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import test_linear_attention as shared
+from jax.experimental import topologies
+from jax.experimental.pallas import tpu as pltpu
+
+from linscale.kernels import linear_attention
+from linscale.kernels.linear_attention import pallas_tpu
+
+GENERATIONS = {"v4": "v4:2x2x1", "v5e": "v5e:2x2", "v5p": "v5p:2x2x1", "v6e": "v6e:2x2", "tpu7x": "tpu7x:2x2x1"}
+KINDS = ("none", "scalar")
+
+
+@pytest.fixture
+def interpreted(monkeypatch):
+    """Runs the kernels on this machine and fails when one reads what another part may still be writing."""
+    monkeypatch.setattr(pallas_tpu, "INTERPRET", pltpu.InterpretParams(detect_races=True))
+    monkeypatch.setattr(shared, "KEY", 64)
+    monkeypatch.setattr(shared, "VALUE", 64)
+    from jax._src.pallas.mosaic.interpret import interpret_pallas_call as interpreter
+
+    yield
+    assert interpreter.races is not None
+    assert not interpreter.races.races_found
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_float32_with_state_and_documents(interpreted, kind):
+    """Two chunks, the second cut short: every input, both states, all gradients."""
+    arrays, ids = shared.draw(1, 200, kind, segments=True)
+    shared.compare("pallas_tpu", arrays, ids, 1e-5)
+
+
+def test_bfloat16_of_128_channels(interpreted, monkeypatch):
+    monkeypatch.setattr(shared, "KEY", 128)
+    monkeypatch.setattr(shared, "VALUE", 128)
+    arrays, _ = shared.draw(2, 130, "scalar", state=False)
+    shared.compare("pallas_tpu", arrays, None, 5e-3, dtype=jnp.bfloat16)
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("interpreted")
+@pytest.mark.parametrize("channels", [(64, 64), (128, 128), (64, 128)])
+class TestAgainstFloat64Scan:
+    """The shared class; lengths around its chunk of 64 become lengths around ours of 128 and around a block."""
+
+    @pytest.fixture(autouse=True)
+    def _channels(self, channels, interpreted, monkeypatch):
+        monkeypatch.setattr(shared, "KEY", channels[0])
+        monkeypatch.setattr(shared, "VALUE", channels[1])
+
+    @pytest.mark.parametrize("kind", KINDS)
+    @pytest.mark.parametrize("tokens", (1, 63, 127, 128, 129, 1000))
+    def test_state_and_segments(self, tokens, kind):
+        arrays, ids = shared.draw(tokens, tokens, kind, segments=True)
+        shared.compare("pallas_tpu", arrays, ids, 1e-5, seed=tokens)
+
+    @pytest.mark.parametrize("kind", KINDS)
+    def test_plain(self, kind):
+        arrays, ids = shared.draw(7, 130, kind, state=False)
+        shared.compare("pallas_tpu", arrays, ids, 1e-5)
+
+    @pytest.mark.parametrize("kind", KINDS)
+    def test_bfloat16(self, kind):
+        arrays, ids = shared.draw(9, 200, kind, segments=True)
+        shared.compare("pallas_tpu", arrays, ids, 5e-3, dtype=jnp.bfloat16)
+
+    @pytest.mark.parametrize("kind", KINDS)
+    def test_every_token_its_own_document(self, kind):
+        shared.TestAgainstFloat64Scan().test_closed_gates_and_many_documents("pallas_tpu", kind)
+
+    @pytest.mark.parametrize("kind", ("scalar",))
+    def test_minus_infinity_forgets(self, kind):
+        shared.TestAgainstFloat64Scan().test_minus_infinity_forgets("pallas_tpu", kind)
+
+
+def test_refusal_names_what_does_not_fit():
+    x = jnp.zeros((1, 8, 1, 64))
+    with pytest.raises(ValueError, match="cannot serve: it needs a TPU"):
+        linear_attention(x, x, x, implementation="pallas_tpu")
+
+
+def test_refusal_of_channels(interpreted):
+    x = jnp.zeros((1, 8, 1, 96))
+    with pytest.raises(ValueError, match="64 or 128 channels a head, q has 96"):
+        linear_attention(x, x, x, implementation="pallas_tpu")
+
+
+def topology_mesh(generation):
+    pytest.importorskip("libtpu")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TPU_SKIP_MDS_QUERY", "1")
+        patch.setenv("TPU_WORKER_HOSTNAMES", "localhost")
+        patch.setenv("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")  # a process that only compiles holds no chip
+        devices = topologies.get_topology_desc(GENERATIONS[generation], "tpu").devices
+    return jax.sharding.Mesh(np.array(devices[:1]), ("data",))
+
+
+def compiled(mesh, kind, batch, tokens, heads, channels, *, gradient, dtype=jnp.bfloat16, state=False, segments=False):
+    whole = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
+    array = lambda shape, dtype: jax.ShapeDtypeStruct(shape, dtype, sharding=whole)  # noqa: E731
+    x = array((batch, tokens, heads, channels), dtype)
+    arrays = {"q": x, "k": x, "v": x}
+    if kind == "scalar":
+        arrays["log_decay"] = array((heads,), jnp.float32)
+    if state:
+        arrays["initial_state"] = array((batch, heads, channels, channels), jnp.float32)
+    ids = array((batch, tokens), jnp.int32) if segments else None
+
+    def loss(arrays, ids):
+        out, final = linear_attention(**arrays, segment_ids=ids)
+        return out.astype(jnp.float32).sum() + (final.sum() if state else 0.0)
+
+    with jax.set_mesh(mesh):
+        return jax.jit(jax.grad(loss) if gradient else loss).lower(arrays, ids).compile()
+
+
+@pytest.mark.tpu_compile
+@pytest.mark.parametrize("generation", GENERATIONS)
+@pytest.mark.parametrize("kind", KINDS)
+class TestCompiles:
+    @pytest.mark.parametrize("channels", (64, 128))
+    def test_shapes_of_the_benchmark_and_of_7b(self, generation, kind, channels):
+        """Through the dispatch, with no implementation named; 7B: 32 heads of 128."""
+        mesh = topology_mesh(generation)
+        for batch, tokens, heads in ((8, 8192, 16), (1, 4096, 32)):
+            program = compiled(mesh, kind, batch, tokens, heads, channels, gradient=True)
+            assert program.as_text().count('custom_call_target="tpu_custom_call"') == 2
+
+    def test_documents_states_any_length_and_float32(self, generation, kind):
+        mesh = topology_mesh(generation)
+        for dtype in (jnp.bfloat16, jnp.float32):
+            compiled(mesh, kind, 2, 1000, 3, 64, gradient=True, dtype=dtype, state=True, segments=True)
