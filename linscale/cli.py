@@ -1,7 +1,8 @@
 """The command line: one table of subcommands, and what an error looks like to the person who typed it.
 
 Only the module of the chosen subcommand is imported, so that `linscale --help` needs neither jax nor a second.
-Exit codes: 0 done, 1 training diverged, 2 something the user gave cannot work, 130 interrupted from the keyboard.
+Exit codes: 0 done, 1 training diverged, 2 something the user gave cannot work, 75 training ended early and the same
+command continues it (schedulers should run it again), 130 interrupted from the keyboard.
 """
 
 import contextlib
@@ -12,7 +13,7 @@ import os
 import sys
 
 import linscale
-from linscale.config import ConfigError
+from linscale.config import ConfigError, Restart
 
 # subcommand: (module with main(argv) -> int, one line of help)
 COMMANDS = {
@@ -52,6 +53,9 @@ def main(argv: list[str] | None = None) -> int:
             raise
         print(f"linscale: error: {_sentence(error)}", file=sys.stderr)
         return 1 if isinstance(error, FloatingPointError) else 2
+    except Restart as end:
+        print(f"linscale: {_sentence(end)}", file=sys.stderr)
+        return Restart.code
     except KeyboardInterrupt:
         print("\nlinscale: interrupted; the same command again continues from the last checkpoint.", file=sys.stderr)
         return 130

@@ -18,6 +18,12 @@ class ConfigError(ValueError):
     """A value the user gave that cannot work. The message is one sentence; the command line exits with code 2."""
 
 
+class Restart(Exception):
+    """Training ended before the end of its run, through no fault of the config; the same command continues it."""
+
+    code = 75  # exit code: EX_TEMPFAIL of sysexits.h, on which schedulers start a job again
+
+
 @dataclasses.dataclass(frozen=True)
 class Model:
     """Sizes and the choices the paper leaves open. Sizes of the paper: linscale/models/sizes.py."""
@@ -71,8 +77,13 @@ class Train:
     eval_count: int = 8  # held-out evaluations of a run, spaced evenly in log(step); the last is at the end
     checkpoint_every: int = 200  # steps
     checkpoint_keep: int = 2  # newest checkpoints kept
+    checkpoint_keep_every: int = 0  # steps; checkpoints of its multiples are kept for good; 0: none
+    checkpoint_chinchilla: str = ""  # multiples of 20 tokens a parameter saved and kept for good, as "0.5,1,2"
     spike_sigma: float = 6.0  # skip a step whose gradient norm is so many sigma over the last 128; 0: only non-finite
     skip_limit: int = 10  # skipped steps in a row after which training stops
+    stop_seconds: float = 25.0  # from SIGTERM to exit, saving included; clouds and schedulers mostly give 30
+    hang_seconds: float = 1800.0  # a step, evaluation or save that takes longer ends the process; 0: never
+    deterministic: bool = False  # GPU: only operations that give the same bits each time, somewhat slower
 
 
 @dataclasses.dataclass(frozen=True)
@@ -92,6 +103,15 @@ class Optimizer:
 
 
 @dataclasses.dataclass(frozen=True)
+class Init:
+    """How a run begins where it has no checkpoint of its own; see linscale/training/start.py."""
+
+    from_run: str = ""  # folder of another run; empty: random parameters
+    step: int = 0  # its checkpoint to take; 0: the newest
+    weights_only: bool = False  # true: parameters alone, at step 0; false: go on from its step, optimizer and data
+
+
+@dataclasses.dataclass(frozen=True)
 class Log:
     tensorboard: bool = True
     wandb_project: str = ""  # empty: off
@@ -106,6 +126,7 @@ class Config:
     data: Data = Data()
     train: Train = Train()
     optimizer: Optimizer = Optimizer()
+    init: Init = Init()
     log: Log = Log()
 
     @property
@@ -219,7 +240,16 @@ def _check(c: Config) -> None:
         "skip_limit",
     ):
         at_least(f"train.{field}", getattr(t, field), 1)
-    at_least("train.spike_sigma", t.spike_sigma, 0)
+    for field in ("spike_sigma", "stop_seconds", "hang_seconds", "checkpoint_keep_every"):
+        at_least(f"train.{field}", getattr(t, field), 0)
+    if not re.fullmatch(r"( *\d+(\.\d+)? *(, *\d+(\.\d+)? *)*)?", t.checkpoint_chinchilla):
+        raise ConfigError(
+            f"config.train.checkpoint_chinchilla is {t.checkpoint_chinchilla!r}; it must be numbers with commas between, "
+            "as '0.5,1,2', or empty."
+        )
+    at_least("init.step", c.init.step, 0)
+    if (c.init.step or c.init.weights_only) and not c.init.from_run:
+        raise ConfigError("config.init.from_run is empty, but config.init.step or weights_only is set; name a run.")
     at_least("train.steps", t.steps, 0)
     at_least("train.tokens", t.tokens, 0 if t.steps else 1)
     if t.batch % t.accumulation:

@@ -2,7 +2,9 @@
 
 import importlib
 
-_HOMES = {"prepare": "corpus", "Corpus": "corpus", "train_batches": "pipeline", "heldout_batches": "pipeline"}
+_HOMES = {"prepare": "corpus", "Corpus": "corpus"} | dict.fromkeys(
+    ("train_batches", "heldout_batches", "rows_of", "documents_of"), "pipeline"
+)
 __all__ = list(_HOMES)
 
 

@@ -68,7 +68,7 @@ def train_batches(
             f"config.train.batch {batch} times config.train.sequence {sequence} is {batch * sequence:,} tokens a step, "
             f"but the training stream has {corpus.train.labels:,}; make them smaller or the corpus larger."
         )
-    shuffled = grain.MapDataset.source(rows).seed(seed).shuffle().repeat()
+    shuffled = _shuffled(rows, seed)
     # grain reads 500 elements ahead by default, which would be gigabytes of batches.
     options = grain.ReadOptions(num_threads=1, prefetch_buffer_size=2)
     # drop_remainder: without it grain rounds the length of the endless data set in floating point, past what len() holds.
@@ -83,6 +83,27 @@ def train_batches(
             grain.MultiprocessingOptions(num_workers=workers, per_worker_buffer_size=2), worker_init_fn=_end_with_parent
         )
     return iter(batches)
+
+
+def _shuffled(rows, seed: int):
+    import grain
+
+    return grain.MapDataset.source(rows).seed(seed).shuffle().repeat()
+
+
+def rows_of(corpus: Corpus, *, batch: int, sequence: int, seed: int, number: int) -> list[int]:
+    """The rows of the stream that batch `number` (from 0) of `train_batches` holds, over all hosts, in order."""
+    rows = _shuffled(range(len(Rows(corpus.train, sequence))), seed)
+    return [int(rows[index]) for index in range(number * batch, (number + 1) * batch)]
+
+
+def documents_of(corpus: Corpus, sequence: int, rows: list[int]) -> list[int]:
+    """Ids of the documents, counted from 0 along the training stream, that these rows hold tokens or labels of."""
+    starts, found = corpus.train.starts, set()
+    for index in rows:
+        first, last = np.searchsorted(starts, [index * sequence, (index + 1) * sequence], "right") - 1
+        found |= set(range(int(first), int(last) + 1))
+    return sorted(found)
 
 
 def heldout_batches(

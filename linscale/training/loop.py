@@ -15,9 +15,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from linscale import data, models
-from linscale.config import Config
+from linscale.config import Config, Restart
 from linscale.scaling import flops
-from linscale.training import checkpoint, metrics, run_folder, step
+from linscale.training import checkpoint, diagnosis, metrics, run_folder, start, step, stopping
 from linscale.training.metrics import say
 
 
@@ -25,6 +25,7 @@ def check(config: Config) -> None:
     """Everything about a run that can be wrong before its data are read. ConfigError; nothing is compiled."""
     models.validate(config.model)
     metrics.check_wandb(config)
+    start.check(config)
     run_folder.check(config)
 
 
@@ -41,11 +42,21 @@ def train(config: Config, corpus=None, label: str = "", note=None) -> dict:
         say(f"{label}: finished before, held-out loss {done['heldout_loss']:.4f} nats/token; nothing to do in {folder}")
         return done
     run_folder.check_space([config])
-    if corpus is None:
-        corpus = data.prepare(config.data, config.model.vocab_size, log=say)
-        say(corpus.summary)
-    run = run_folder.claim(config, corpus)
+    with (
+        stopping.on_sigterm(config.train.stop_seconds) as sigterm,
+        stopping.watchdog(config.train.hang_seconds, folder) as tick,
+    ):
+        if corpus is None:
+            corpus = data.prepare(config.data, config.model.vocab_size, log=say)
+            say(corpus.summary)
+        start.check(config, corpus.fingerprint)
+        run = run_folder.claim(config, corpus)
+        return _train(config, corpus, run, label, note, sigterm, tick)
 
+
+def _train(config: Config, corpus, run: dict, label: str, note, sigterm, tick) -> dict:
+    """The loop itself. run: content of config.json. sigterm, tick: see linscale/training/stopping.py."""
+    folder = run_folder.of(config)
     batches = data.train_batches(
         corpus,
         batch=config.train.batch,
@@ -55,43 +66,50 @@ def train(config: Config, corpus=None, label: str = "", note=None) -> dict:
     )
     # One device for now: a mesh and its shardings take the place of this line.
     sharding = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-    with checkpoint.open_folder(folder / "checkpoints", config.train.checkpoint_keep) as checkpointer:
+    with checkpoint.open_folder(folder / "checkpoints", config) as checkpointer:
         abstract = checkpoint.abstract_like(jax.eval_shape(functools.partial(step.init, config)), sharding)
-        restored = checkpoint.restore(checkpointer, abstract)
         say(f"{label}: compiling, {run['parameters']['total']:,} parameters on {jax.devices()[0].device_kind}")
-        train_step, eval_step, first_state = compile_programs(config, abstract, sharding)
-        if restored:
-            first, state, position = restored
+        train_step, eval_step, from_nothing = compile_programs(config, abstract, sharding)
+        first, state, position, how = start.first(config, checkpointer, abstract, from_nothing)
+        if position:
             seek(batches, position, first, config)
-            say(f"{label}: continues after step {first}")
-        else:
-            first, state = 0, first_state()
+        if how:
+            say(f"{label}: {how}")
 
-        evaluations = eval_steps(config.steps, config.train.eval_count)
+        evaluations, saving = eval_steps(config.steps, config.train.eval_count), run_folder.save_steps(config)
         log = metrics.Log(folder, config, run, first, peak(config))
         progress = metrics.Progress(label, config.steps, first, config.tokens_per_step, note)
+        sigterm.saves = True
         try:
-            in_flight = None  # (step, its metrics on the device)
+            in_flight = None  # (step, its metrics on the device, its batch on the host)
             for n in range(first + 1, config.steps + 1):
-                batch = jax.device_put(next(batches), sharding)
+                tick(f"step {n}")
+                batch = next(batches)
+                on_device = jax.device_put(batch, sharding)
                 with jax.transfer_guard("disallow"):  # a hidden transfer would wait for the device
-                    state, measured = train_step(state, batch)
-                if in_flight:  # read while step n runs
-                    record(log, progress, config, *in_flight)
-                in_flight = (n, measured)
+                    state, measured = train_step(state, on_device)
+                if in_flight and record(log, progress, config, *in_flight[:2]):  # read while step n runs
+                    diagnosis.stop(config, corpus, checkpointer, state, *in_flight)
+                in_flight = (n, measured, batch)
 
-                evaluates = n in evaluations
-                saves = n % config.train.checkpoint_every == 0 or n == config.steps
+                stops = sigterm.came(n) and n < config.steps
+                evaluates, saves = n in evaluations, n in saving or stops
                 if evaluates or saves:
-                    record(log, progress, config, *in_flight)
+                    if record(log, progress, config, *in_flight[:2]):
+                        diagnosis.stop(config, corpus, checkpointer, state, *in_flight)
                     in_flight, began = None, time.perf_counter()
                     if evaluates:
+                        tick(f"the evaluation of step {n}")
                         log.heldout(n, heldout_loss(config, corpus, eval_step, state.params, sharding))
                     if saves:
+                        tick(f"the checkpoint of step {n}")
                         log.sync()
                         position = {"workers": config.data.workers, "iterator": batches.get_state()}
                         checkpoint.save(checkpointer, n, state, position)
                     log.paused(time.perf_counter() - began)
+                if stops:
+                    checkpointer.wait()
+                    raise Restart(f"SIGTERM ended {label} after step {n}, which is saved; the same command continues.")
             checkpointer.wait()
             done = log.last_heldout | {"seconds": round(log.seconds, 3)}
             run_folder.write_json(folder / "DONE.json", done)
@@ -119,19 +137,17 @@ def compile_programs(config: Config, abstract: step.TrainState, sharding):
         jax.jit(eval_step).lower(abstract.params, batch(eval_batch(config))),
         jax.jit(init, out_shardings=sharding).lower(),
     )
+    options = {}
+    if config.train.deterministic and jax.default_backend() == "gpu":
+        # Without autotuning, as two processes may find different algorithms fastest.
+        options = {"xla_gpu_deterministic_ops": True, "xla_gpu_autotune_level": 0}
     with ThreadPoolExecutor() as pool:
-        return tuple(pool.map(lambda program: program.compile(), lowered))
+        return tuple(pool.map(lambda program: program.compile(compiler_options=options), lowered))
 
 
-def record(log: metrics.Log, progress: metrics.Progress, config: Config, n: int, measured: dict) -> None:
-    """Reads the metrics of step n from the device, and writes its line when it is due."""
+def record(log: metrics.Log, progress: metrics.Progress, config: Config, n: int, measured: dict) -> bool:
+    """Reads the metrics of step n from the device, and writes its line when it is due. True: training must stop."""
     values = {name: float(value) for name, value in jax.device_get(measured).items()}
-    if values["in_a_row"] >= config.train.skip_limit:
-        raise FloatingPointError(
-            f"{config.name} diverged: {config.train.skip_limit} steps in a row to step {n} were skipped (loss "
-            f"{values['loss']}, gradient norm {values['grad_norm']}); lower config.optimizer.learning_rate, now "
-            f"{config.optimizer.learning_rate}, under another config.name."
-        )
     if values["in_a_row"]:
         say(
             f"{config.name}: step {n} skipped, its gradient norm {values['grad_norm']:.4g} is not finite or above "
@@ -140,6 +156,7 @@ def record(log: metrics.Log, progress: metrics.Progress, config: Config, n: int,
     if n % config.train.log_every == 0 or n == config.steps:
         log.training(n, values)
     progress.update(n, values["loss"])
+    return values["in_a_row"] >= config.train.skip_limit
 
 
 def heldout_loss(config: Config, corpus, eval_step, params, sharding) -> float:

@@ -5,6 +5,7 @@ Everything here is asked before any compile. The files are described in `linscal
 
 import dataclasses
 import json
+import math
 import os
 import shutil
 import tempfile
@@ -23,6 +24,11 @@ FREE = (
     "data.workers",
     "train.checkpoint_every",
     "train.checkpoint_keep",
+    "train.checkpoint_keep_every",
+    "train.checkpoint_chinchilla",
+    "train.skip_limit",
+    "train.stop_seconds",
+    "train.hang_seconds",
     "log.tensorboard",
     "log.wandb_project",
 )
@@ -30,6 +36,19 @@ FREE = (
 
 def of(config: Config) -> Path:
     return Path(config.output) / config.name
+
+
+def milestones(config: Config) -> dict[str, int]:
+    """Multiples of Chinchilla's 20 tokens a parameter within the run -> their steps; {'0.5x': 120, '1x': 240}."""
+    tokens = 20 * flops.count_parameters(config.model).total
+    multiples = [text.strip() for text in config.train.checkpoint_chinchilla.split(",") if text.strip()]
+    steps = {f"{text}x": math.ceil(float(text) * tokens / config.tokens_per_step) for text in multiples}
+    return {name: step for name, step in steps.items() if 1 <= step <= config.steps}
+
+
+def save_steps(config: Config) -> set[int]:
+    """The steps after which the run saves: regular ones, milestones, and the last."""
+    return {*range(0, config.steps, config.train.checkpoint_every), *milestones(config).values(), config.steps} - {0}
 
 
 def read_done(config: Config) -> dict | None:
@@ -70,8 +89,12 @@ def check_space(configs: list[Config]) -> None:
         return
     needed = 0
     for config in configs:
-        parameters = flops.count_parameters(config.model).total
-        needed += 12 * parameters * config.train.checkpoint_keep + 2**20
+        one = 12 * flops.count_parameters(config.model).total
+        kept = config.train.checkpoint_keep + len(milestones(config))
+        if config.train.checkpoint_keep_every:
+            kept += config.steps // config.train.checkpoint_keep_every
+        have = sum(file.stat().st_size for file in of(config).glob("checkpoints/[0-9]*/**/*") if file.is_file())
+        needed += max(one * kept + 2**20 - have, 0)
     needed += 12 * max(flops.count_parameters(config.model).total for config in configs)  # one being written
     free = shutil.disk_usage(configs[0].output).free
     if free < needed:
@@ -97,6 +120,7 @@ def claim(config: Config, corpus) -> dict:
         },
         "flops_per_token": flops.flops_per_token(config.model, config.train.sequence),
         "accounting": "exact",
+        "milestones": milestones(config),  # names of checkpoints that are kept for good
     }
     if path.exists():
         old = json.loads(path.read_text())["data"]["fingerprint"]

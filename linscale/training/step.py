@@ -36,6 +36,20 @@ def train_step(config: Config, state: TrainState, batch: dict) -> tuple[TrainSta
 
     Metrics, scalars: loss (nats per weighted token, before the update), grad_norm (before clipping), lr, and those of
     guard.judge, which may refuse the update.
+    """
+    loss, grads = gradients(config, state.params, batch)
+    norm = optax.tree.norm(grads)
+    good, guarded, judged = guard.judge(config, state.guard, loss, norm)
+    updates, opt_state = optimizer.make(config).update(grads, state.opt_state, state.params)
+    params = guard.choose(good, optax.apply_updates(state.params, updates), state.params)
+    opt_state = guard.choose(good, opt_state, state.opt_state)
+    metrics = {"loss": loss, "grad_norm": norm, "lr": optimizer.schedule(config)(state.step)} | judged
+    return TrainState(params, opt_state, state.step + 1, guarded), metrics
+
+
+def gradients(config: Config, params, batch: dict) -> tuple[jax.Array, Any]:
+    """Loss in nats per weighted token, and its gradient, a tree like params; float32.
+
     Losses and weights are summed over micro-batches and divided once, so that accumulation changes only rounding,
     also where micro-batches differ in padding.
     """
@@ -45,26 +59,19 @@ def train_step(config: Config, state: TrainState, batch: dict) -> tuple[TrainSta
 
     value_and_grad = jax.value_and_grad(summed, has_aux=True)
     if config.train.accumulation == 1:
-        (nats, weights), grads = value_and_grad(state.params, batch)
+        (nats, weights), grads = value_and_grad(params, batch)
     else:
 
         def accumulate(carry, micro):
-            (nats, weights), grads = value_and_grad(state.params, micro)
+            (nats, weights), grads = value_and_grad(params, micro)
             return jax.tree.map(jnp.add, carry, (nats, weights, grads)), None
 
-        zeros = (jnp.float32(0), jnp.float32(0), jax.tree.map(jnp.zeros_like, state.params))
+        zeros = (jnp.float32(0), jnp.float32(0), jax.tree.map(jnp.zeros_like, params))
         split = jax.tree.map(lambda x: x.reshape(config.train.accumulation, -1, *x.shape[1:]), batch)
         (nats, weights, grads), _ = jax.lax.scan(accumulate, zeros, split)
 
     weights = jnp.maximum(weights, 1)
-    grads = jax.tree.map(lambda g: g / weights, grads)
-    loss, norm = nats / weights, optax.tree.norm(grads)
-    good, guarded, judged = guard.judge(config, state.guard, loss, norm)
-    updates, opt_state = optimizer.make(config).update(grads, state.opt_state, state.params)
-    params = guard.choose(good, optax.apply_updates(state.params, updates), state.params)
-    opt_state = guard.choose(good, opt_state, state.opt_state)
-    metrics = {"loss": loss, "grad_norm": norm, "lr": optimizer.schedule(config)(state.step)} | judged
-    return TrainState(params, opt_state, state.step + 1, guarded), metrics
+    return nats / weights, jax.tree.map(lambda g: g / weights, grads)
 
 
 def eval_step(config: Config, params, batch: dict) -> tuple[jax.Array, jax.Array]:

@@ -34,7 +34,7 @@ def test_ladder_skips_finished_continues_broken_and_names_the_report_last(argv, 
     def interrupt(log, progress, config, n, measured):
         if (config.name, n) == ("tnl", 5):
             raise KeyboardInterrupt
-        honest(log, progress, config, n, measured)
+        return honest(log, progress, config, n, measured)
 
     monkeypatch.setattr(loop, "record", interrupt)
     assert cli.main([*argv, "--only=*l*"]) == 130

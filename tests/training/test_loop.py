@@ -55,7 +55,7 @@ def test_an_interrupted_run_continues_exactly(make, exact, tmp_path, monkeypatch
     def interrupt(log, progress, config, n, measured):
         if n == at:
             raise KeyboardInterrupt
-        honest(log, progress, config, n, measured)
+        return honest(log, progress, config, n, measured)
 
     monkeypatch.setattr(loop, "record", interrupt)
     with pytest.raises(KeyboardInterrupt):
@@ -72,7 +72,7 @@ def test_resume_restores_every_bit_of_the_state(make):
     loop.train(config)
     sharding = jax.sharding.SingleDeviceSharding(jax.devices()[0])
     abstract = checkpoint.abstract_like(jax.eval_shape(lambda: step.init(config)), sharding)
-    with checkpoint.open_folder(run_folder.of(config) / "checkpoints", 2) as checkpointer:
+    with checkpoint.open_folder(run_folder.of(config) / "checkpoints", config) as checkpointer:
         n, state, position = checkpoint.restore(checkpointer, abstract)
         assert n == 10 and int(state.step) == 10 and position["workers"] == 0
         checkpoint.save(checkpointer, 11, state, position)
@@ -82,15 +82,26 @@ def test_resume_restores_every_bit_of_the_state(make):
     assert all(map(np.array_equal, jax.tree.leaves(state), jax.tree.leaves(copy)))
 
 
-def test_divergence_stops_with_the_step_and_spares_the_checkpoints(make, exact):
-    config = make("llama", **{"optimizer.learning_rate": 1e30, "train.log_every": 1})
-    with pytest.raises(
-        FloatingPointError, match=r"llama diverged: 10 steps in a row .*config\.optimizer\.learning_rate"
-    ):
+def test_divergence_stops_with_the_step_and_a_dump_that_reproduces_it(make, exact, capsys):
+    config = make("llama", **{"optimizer.learning_rate": 1e30, "train.log_every": 1, "train.skip_limit": 5})
+    with pytest.raises(FloatingPointError, match=r"llama diverged: steps \d+ to \d+ were skipped") as error:
         loop.train(config)
     assert not (run_folder.of(config) / "DONE.json").exists()
     training = [line for line in exact(run_folder.of(config)) if "loss" in line]
-    assert all(line["loss"] is None or np.isfinite(line["loss"]) for line in training) and training[-1]["skipped"] > 1
+    assert training[-1]["skipped"] == 5 and all(line["loss"] is None or line["loss"] > 0 for line in training)
+
+    (dump,) = (run_folder.of(config) / "stopped").iterdir()
+    report = json.loads((dump / "report.json").read_text())
+    assert f"first bad parameter group is {report['first_bad_group']}" in str(error.value)
+    assert f"holds documents {report['documents'][0]}, " in str(error.value)
+    capsys.readouterr()
+    assert cli.main(["train", f"--replay={dump}"]) == 0
+    out = capsys.readouterr().out
+    assert f"{report['first_bad_group']}   <- first bad" in out and out.endswith("as it was\n")
+    report["loss"] = "3.0"
+    (dump / "report.json").write_text(json.dumps(report))
+    assert cli.main(["train", f"--replay={dump}"]) == 1
+    assert cli.main(["train", f"--replay={dump.parent}"]) == 2
 
 
 @pytest.mark.parametrize(

@@ -24,7 +24,16 @@ def test_claim_writes_the_contract(config):
     run_folder.check(config)
     run_folder.claim(config, CORPUS)
     content = json.loads((run_folder.of(config) / "config.json").read_text())
-    assert set(content) == {"linscale", "name", "config", "parameters", "data", "flops_per_token", "accounting"}
+    assert set(content) == {
+        "linscale",
+        "name",
+        "config",
+        "parameters",
+        "data",
+        "flops_per_token",
+        "accounting",
+        "milestones",
+    }
     assert content["config"] == dataclasses.asdict(config)
     assert content["data"] == {"fingerprint": "f1", "bytes_per_token": 1.0, "tokenizer": "bytes", "vocab_size": 257}
     assert content["parameters"]["total"] > content["parameters"]["nonembedding"] > 0

@@ -1,0 +1,150 @@
+"""Damaged checkpoints, retention, and where a run begins."""
+
+import functools
+import random
+import shutil
+
+import jax
+import numpy as np
+import pytest
+
+from linscale.config import ConfigError
+from linscale.scaling import flops
+from linscale.training import checkpoint, loop, run_folder, start, step
+
+
+@pytest.fixture
+def saved(make):
+    """A config, its state, and a folder with checkpoints 1 (the state itself) and 2 (another)."""
+    config = make("hgrn2")
+    state = jax.jit(functools.partial(step.init, config))()
+    folder = run_folder.of(config) / "checkpoints"
+    folder.mkdir(parents=True)
+    with checkpoint.open_folder(folder, config) as checkpointer:
+        checkpoint.save(checkpointer, 1, state, {"place": 1})
+        checkpoint.save(checkpointer, 2, jax.tree.map(lambda x: x + 1, state), {"place": 2})
+    return config, state, folder
+
+
+def restored(config, folder):
+    sharding = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    abstract = checkpoint.abstract_like(jax.eval_shape(functools.partial(step.init, config)), sharding)
+    with checkpoint.open_folder(folder, config) as checkpointer:
+        return checkpoint.restore(checkpointer, abstract)
+
+
+def same(a, b):
+    return all(map(np.array_equal, jax.tree.leaves(a), jax.tree.leaves(b)))
+
+
+def test_truncated_flipped_or_missing_files_never_restore_wrong_bits(saved, tmp_path, capsys):
+    """Every file of the newest checkpoint in turn, each damage at a random place: the newest as it was, or the other."""
+    config, state, folder = saved
+    whole = tmp_path / "whole"
+    shutil.copytree(folder, whole)
+    where = random.Random()
+    files = sorted(path.relative_to(whole) for path in (whole / "2").rglob("*") if path.is_file())
+    large = max(files, key=lambda file: (whole / file).stat().st_size)
+    fell_back = 0
+    for file in [*files, large, large, large]:
+        for damage in ("flip", "truncate", "remove"):
+            shutil.rmtree(folder)
+            shutil.copytree(whole, folder)
+            content = bytearray((folder / file).read_bytes())
+            place = where.randrange(len(content))
+            if damage == "flip":
+                content[place] ^= 1 << where.randrange(8)
+                (folder / file).write_bytes(content)
+            elif damage == "truncate":
+                (folder / file).write_bytes(content[:place])
+            else:
+                (folder / file).unlink()
+            n, tree, data = restored(config, folder)
+            want = state if n == 1 else jax.tree.map(lambda x: x + 1, state)
+            assert data == {"place": n} and same(tree, want), (file, damage, place)
+            fell_back += n == 1
+            assert (n == 2) == (folder / "2").exists()  # what is damaged is put aside, so that it can be saved again
+    assert fell_back >= 12
+    assert "checkpoint 2 is damaged" in capsys.readouterr().err
+
+
+def test_when_none_can_be_read_nothing_is_touched(saved):
+    config, _, folder = saved
+    for path in folder.rglob("*"):
+        if path.is_file() and path.stat().st_size > 10_000:
+            path.write_bytes(path.read_bytes()[:-1000])
+    with pytest.raises(ConfigError, match="has 2 checkpoints, and none can be read"):
+        restored(config, folder)
+    assert checkpoint.steps_in(folder) == [1, 2]
+
+
+def test_half_written_checkpoints_are_named_and_removed(saved, capsys):
+    config, _, folder = saved
+    (folder / "3.orbax-checkpoint-tmp-7" / "state").mkdir(parents=True)
+    assert restored(config, folder)[0] == 2
+    assert "checkpoint 3 was not finished" in capsys.readouterr().err and not list(folder.glob("3*"))
+
+
+@pytest.mark.parametrize("dtype", ("float32", "bfloat16", "int32", "bool"))
+def test_sums_notice_any_flipped_bit_and_any_swap(dtype):
+    random = np.random.default_rng()
+    array = jax.numpy.asarray(random.integers(0, 2, (5, 7)) if dtype == "bool" else random.normal(0, 99, (5, 7)), dtype)
+    before = checkpoint.sums({"a": {"b": array}})
+    assert list(before) == ["a/b"] and before == checkpoint.sums({"a": {"b": array + 0 if dtype != "bool" else array}})
+    raw = np.array(array)
+    for _ in range(20):
+        flipped = raw.copy()
+        view = flipped.reshape(-1).view(np.uint8)
+        view[random.integers(view.size)] ^= 1 if dtype == "bool" else 1 << random.integers(8)
+        assert checkpoint.sums({"a": {"b": jax.numpy.asarray(flipped)}}) != before
+    i, j = np.argmax(raw.reshape(-1)), np.argmin(raw.reshape(-1))
+    raw.reshape(-1)[[i, j]] = raw.reshape(-1)[[j, i]]
+    assert checkpoint.sums({"a": {"b": jax.numpy.asarray(raw)}}) != before
+
+
+def test_policy_keeps_the_last_the_regular_and_the_named(make):
+    shape = {"train.checkpoint_every": 3, "train.checkpoint_keep_every": 12}
+    one = 20 * flops.count_parameters(make("tnl").model).total / make("tnl").tokens_per_step  # steps
+    config = make("tnl", **shape, **{"train.checkpoint_chinchilla": f"{4.5 / one:.9f}, {7.5 / one:.9f},100"})
+    loop.train(config)
+    assert sorted(run_folder.milestones(config).values()) == [5, 8]
+    assert checkpoint.steps_in(run_folder.of(config) / "checkpoints") == [5, 8, 12, 24, 36, 39, 40]
+
+
+def test_fork_goes_on_exactly_and_weights_begin_again(make, exact, tmp_path):
+    """A fork with the parent's own config repeats the parent's last steps bit for bit; a cooldown only its data."""
+    shape = {"train.steps": 12, "train.checkpoint_every": 4, "train.eval_count": 1}
+    parent = make("cosformer2", **shape, **{"train.checkpoint_keep_every": 4})
+    loop.train(parent)
+    lines = exact(run_folder.of(parent))
+    base = shape | {"output": tmp_path / "forks", "init.from_run": run_folder.of(parent), "init.step": 8}
+    loop.train(fork := make("cosformer2", **base))
+    assert exact(run_folder.of(fork)) == [line for line in lines if line["step"] > 8]
+
+    cooldown = {"optimizer.schedule": "wsd", "optimizer.decay_share": 0.4, "name": "cooldown"}
+    loop.train(make("cosformer2", **base | cooldown))
+    ours = exact(run_folder.of(make(**cooldown | base)))
+    assert ours[0]["step"] == 10 and ours[0]["tokens"] == 10 * 128 and ours[-2]["lr"] < 0.2 * lines[-2]["lr"]
+
+    weights = {"init.weights_only": "true", "train.batch": 8, "name": "weights"}
+    loop.train(make("cosformer2", **base | weights))
+    first = exact(run_folder.of(make(**base | weights)))[0]
+    assert first["step"] == 2 and first["loss"] < lines[0]["loss"] - 0.5
+
+
+def test_a_run_that_cannot_be_forked_is_refused_before_any_compile(make, tmp_path, monkeypatch):
+    parent = make("tnl", **{"train.steps": 4})
+    loop.train(parent)
+    monkeypatch.setattr(loop, "compile_programs", lambda *_: pytest.fail("compiled"))
+    base = {"output": tmp_path / "forks", "init.from_run": run_folder.of(parent)}
+    for changes, message in [
+        ({"init.from_run": tmp_path}, "no run folder"),
+        ({"model.width": 64}, "config.model.width is 32; here it is 64"),
+        ({"init.step": 3}, "that run has 4"),
+        ({"train.batch": 8}, "config.train.batch is 4"),
+        ({"train.steps": 4}, "ends at step 4"),
+        ({"data.max_tokens": 5000}, "fingerprint"),
+    ]:
+        with pytest.raises(ConfigError, match=message):
+            loop.train(make("tnl", **base | changes))
+    start.check(make("tnl", **base))
