@@ -33,7 +33,8 @@ class Model:
     width: int = 64  # d
     heads: int = 4  # h; head dim = d / h
     ffn: int = 192  # g, inner width of the gated linear unit
-    vocab_size: int = 264  # tied input and output embedding; at least the tokenizer's
+    vocab_size: int = 264  # at least the tokenizer's
+    tied: bool = True  # one matrix for input embedding and output head, as the paper; False: two
     dtype: str = "auto"  # auto | float32 | bfloat16: compute; auto is float32 on CPU, bfloat16 elsewhere
     remat: str = "none"  # none | full | dots: what the backward pass recomputes
     unroll: int = 1  # layers per step of the scan over layers

@@ -41,7 +41,7 @@ def config_of(args):
     from linscale.config import Config, Model, Train
 
     model = Model(arch=args.arch, layers=args.layers, width=args.width, heads=args.width // args.head_dim, ffn=args.ffn)
-    changes = {name: getattr(args, name) for name in ("vocab_size", "remat", "unroll", "attention")}
+    changes = {name: getattr(args, name) for name in ("vocab_size", "tied", "remat", "unroll", "attention")}
     model = dataclasses.replace(model, **changes)
     return Config(model=model, train=Train(batch=args.batch, sequence=args.sequence, accumulation=args.accumulation))
 
@@ -137,6 +137,7 @@ def main():
     sizes = {"batch": 16, "sequence": 2048, "steps": 10, "mean-document": 1024, "accumulation": 1, "unroll": 1}
     for name, default in sizes.items():
         parser.add_argument(f"--{name}", type=int, default=default)
+    parser.add_argument("--tied", action=argparse.BooleanOptionalAction, default=False)
     parser.add_argument("--remat", default="none")
     parser.add_argument("--attention", default="auto")
     parser.add_argument("--architectures", type=lambda s: s.split(","), default=ARCHITECTURES)

@@ -1,6 +1,8 @@
-"""The one skeleton: tied embedding, stacked pre-norm blocks scanned over depth, final norm, tied output.
+"""The one skeleton: embedding, stacked pre-norm blocks scanned over depth, final norm, output head.
 
   x = embed(tokens); x = tpe(x) (cosFormer2 only); per layer x += mixer(norm(x)), x += glu(norm(x)); logits = norm(x) E^T
+
+E is the embedding, or with `model.tied` false a matrix of its own, `head`.
 
 Parameters of equal layers are stacked on axis 0 and the layers run in a `lax.scan`, so that compile time does not
 depend on depth. The hybrid (arXiv 2501.08313) has two kinds of layers, scanned period by period.
@@ -59,6 +61,8 @@ class Transformer(nnx.Module):
         # The final norm has unit RMS, so logits start with sd sqrt(D) std; bounded, the first loss stays near ln V.
         std = min(model.init_std, 0.45 / model.width**0.5)
         self.embedding = nnx.Param(std * jax.random.normal(rngs.params(), (model.vocab_size, model.width)))
+        if not model.tied:
+            self.head = nnx.Param(std * jax.random.normal(rngs.params(), (model.vocab_size, model.width)))
         self.tpe = Tpe(model, rngs) if model.arch == "cosformer2" else None
         self.layers = nnx.Dict(
             {kind: _stack(model, kind, len(at), rngs) for kind, at in layer_indices(model).items()},
@@ -219,11 +223,16 @@ def forward(model: Model, params: dict, tokens, segment_ids=None, cache=None) ->
     return nnx.merge(_graphdef(model), params)(tokens, segment_ids, cache)
 
 
+def output_head(params: dict) -> jax.Array:
+    """[V,D] float32: the embedding where it is tied."""
+    return params.get("head", params["embedding"])
+
+
 def logits(model: Model, params: dict, hidden: jax.Array) -> jax.Array:
     """[..., D] -> [..., V] float32."""
-    embedding = params["embedding"].astype(hidden.dtype)
+    head = output_head(params).astype(hidden.dtype)
     precision = "highest" if hidden.dtype == jnp.float32 else None
-    return jnp.einsum("...d,vd->...v", hidden, embedding, precision=precision, preferred_element_type=jnp.float32)
+    return jnp.einsum("...d,vd->...v", hidden, head, precision=precision, preferred_element_type=jnp.float32)
 
 
 def loss(model: Model, params: dict, batch: dict) -> tuple[jax.Array, jax.Array]:
@@ -232,7 +241,7 @@ def loss(model: Model, params: dict, batch: dict) -> tuple[jax.Array, jax.Array]
     batch: tokens, labels, segment_ids [B,T] integers, weights [B,T] float32.
     """
     hidden, _ = forward(model, params, batch["tokens"], batch["segment_ids"])
-    nll = cross_entropy(hidden, params["embedding"], batch["labels"], batch["weights"])
+    nll = cross_entropy(hidden, output_head(params), batch["labels"], batch["weights"])
     return nll, jnp.sum(batch["weights"])
 
 

@@ -34,8 +34,8 @@ class Parameters:
     """Numbers of parameters. Fitted exponents depend on which of them is called N, so every output names it."""
 
     total: int  # every entry of the parameter tree
-    nonembedding: int  # total - V d
-    nonembedding_with_head: int  # nonembedding + V d of the output head; equals total, as the embedding is tied
+    nonembedding: int  # total without embedding and head
+    nonembedding_with_head: int  # nonembedding + V d of the output head; equals total where the embedding is tied
     nonembedding_paper: int  # the paper's formula, see paper_parameters
 
 
@@ -44,7 +44,7 @@ def count_parameters(model: Model) -> Parameters:
     embedding = model.vocab_size * model.width
     nonembedding = sum(_layer_parameters(model, kind) for kind in layer_kinds(model)) + _extra_parameters(model)
     return Parameters(
-        total=embedding + nonembedding,
+        total=embedding * (1 if model.tied else 2) + nonembedding,
         nonembedding=nonembedding,
         nonembedding_with_head=nonembedding + embedding,
         nonembedding_paper=paper_parameters(model),

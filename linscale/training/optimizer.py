@@ -14,7 +14,7 @@ from linscale.config import Config
 
 # Weight decay pulls these toward zero. The other parameters are norm scales, rotation angles (theta), lower bounds and
 # TPE coefficients, which set scales, positions and time constants: zero is a meaningful value of theirs, not a small one.
-DECAYED = ("kernel", "embedding")
+DECAYED = ("kernel", "embedding", "head")
 
 
 def schedule(config: Config):
@@ -44,7 +44,7 @@ def schedule(config: Config):
 
 
 def decay_mask(params):
-    """Tree of bools like params: True for every matrix and the embedding, by the last name on the leaf's path."""
+    """Tree of bools like params: True for every matrix, the embedding and the head, by the last name on the leaf's path."""
     return jax.tree_util.tree_map_with_path(lambda path, _: path[-1].key in DECAYED, params)
 
 

@@ -143,6 +143,24 @@ def test_parameter_trees_agree_with_the_counting(arch, size):
     assert all(p.dtype == jnp.float32 for p in jax.tree.leaves(params))
 
 
+def test_an_untied_head_counts_learns_and_decides_the_logits():
+    model = small("tnl", tied=False)
+    params, tokens = models.init(model, 0), tokens_of(model, 2, 17)
+    assert sum(p.size for p in jax.tree.leaves(params)) == count_parameters(model).total
+    batch = {"tokens": tokens[:, :-1], "labels": tokens[:, 1:], "segment_ids": np.ones((2, 16), np.int32)}
+    batch["weights"] = np.ones((2, 16), np.float32)
+    nll, _ = models.loss(model, params, batch)
+    log_p = jax.nn.log_softmax(all_logits(model, params, batch["tokens"])[0])
+    np.testing.assert_allclose(nll, -np.take_along_axis(log_p, batch["labels"][..., None], -1).sum(), rtol=1e-5)
+    grads = jax.grad(lambda p: models.loss(model, p, batch)[0])(params)
+    unseen = np.setdiff1d(np.arange(model.vocab_size), batch["tokens"])
+    assert np.abs(grads["embedding"][unseen]).max() == 0, "the embedding still serves as head"
+    assert np.abs(grads["head"]).max(axis=1).min() > 0
+    tied = dataclasses.replace(model, tied=True)
+    assert count_parameters(model).total - count_parameters(tied).total == model.vocab_size * model.width
+    assert count_parameters(model).nonembedding_with_head == count_parameters(tied).nonembedding_with_head
+
+
 def test_hybrid_places_softmax_in_every_eighth_layer():
     model = paper_model("hybrid", "410m")
     params = jax.eval_shape(lambda: models.init(model, 0))
