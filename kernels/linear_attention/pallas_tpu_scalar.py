@@ -281,7 +281,7 @@ def backward(plan: Plan, q, k, v, rate, docs, saved, d_out, d_final, *, learn: b
 
     saved: as `forward` left them. d_final [B,W,128,128] float32 or None.
     """
-    batch, padded, width = q.shape
+    batch, _, width = q.shape
     columns, dtype, C, heads = plan.columns_backward, q.dtype, plan.chunk, plan.heads
 
     def body(*refs):
@@ -385,7 +385,7 @@ def backward(plan: Plan, q, k, v, rate, docs, saved, d_out, d_final, *, learn: b
     outputs = [("tokens", q.shape, dtype)] * 3 + [("state", one, F32)]
     outputs += [("rows", (*one[:2], DOCUMENT_ROWS, LANES), F32)] * learn
     small = pltpu.VMEM((columns, LANES, LANES), F32)
-    scratch = [small, small] + [pltpu.VMEM((columns, plan.chunks, LANES, LANES), dtype)]
+    scratch = [small, small, pltpu.VMEM((columns, plan.chunks, LANES, LANES), dtype)]
     scratch += table_shapes(plan, columns, True)
     dq, dk, dv, d_initial, *d_rate = call(
         plan, columns, body, inputs, outputs, scratch, q, reverse=True, name="linear_attention_backward"
