@@ -67,7 +67,7 @@ class HuggingFace:
                 f"{', '.join(_SEPARATORS)}, or an eos_token in a tokenizer_config.json beside it."
             )
         self.vocab_size = max(entries.values()) + 1
-        self.separator_id = entries[name]
+        self.separator, self.separator_id = name, entries[name]
 
     def encode(self, text: str) -> np.ndarray:
         return np.array(self._tokenizer.encode(text, add_special_tokens=False).ids, np.uint32)
@@ -108,6 +108,16 @@ class Tiktoken:
         self._encoding = _rank_file(name) if _is_file(name) else _named_encoding(name)
         self.vocab_size = self._encoding.n_vocab
         self.separator_id = self._encoding.eot_token
+
+    @property
+    def ranks(self) -> dict[bytes, int]:
+        """Token -> id, without the special ones; a lower id was merged earlier."""
+        return self._encoding._mergeable_ranks
+
+    @property
+    def pattern(self) -> str:
+        """The regular expression whose matches are encoded on their own."""
+        return self._encoding._pat_str
 
     def encode(self, text: str) -> np.ndarray:
         return np.array(self._encoding.encode_ordinary(text), np.uint32)
