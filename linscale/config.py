@@ -44,6 +44,9 @@ class Model:
     value_activation: str = "none"  # none (paper) | silu (2024 TNL code): on v of tnl and cosformer2
     hgrn2_query_activation: str = "silu"  # silu (released code) | none (paper's printed equation)
     rope_base: float = 10_000.0
+    norm_epsilon: float = 1e-6  # added to the mean square in the norms of the residual stream
+    hgrn2_norm_epsilon: float = 1e-6  # the same in the norm of HGRN2's outputs
+    ffn_activation: str = "paper"  # paper (silu for llama's blocks, none for the others) | silu | none
     softmax_every: int = 8  # hybrid only: each n-th layer is softmax attention, the others are TNL
 
 
@@ -203,6 +206,9 @@ def _check(c: Config) -> None:
     one_of("model.tnl_decay", m.tnl_decay, ("alibi", "exponential"))
     one_of("model.value_activation", m.value_activation, ("none", "silu"))
     one_of("model.hgrn2_query_activation", m.hgrn2_query_activation, ("none", "silu"))
+    one_of("model.ffn_activation", m.ffn_activation, ("paper", "silu", "none"))
+    within("model.norm_epsilon", m.norm_epsilon, 0.0, 1.0)
+    within("model.hgrn2_norm_epsilon", m.hgrn2_norm_epsilon, 0.0, 1.0)
     for field in ("layers", "width", "heads", "ffn", "vocab_size", "unroll"):
         at_least(f"model.{field}", getattr(m, field), 1)
     at_least("model.init_std", m.init_std, 0)

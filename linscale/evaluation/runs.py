@@ -9,8 +9,6 @@ import json
 import os
 from pathlib import Path
 
-import numpy as np
-
 from linscale.config import Config, ConfigError, resolve
 
 
@@ -87,27 +85,22 @@ class Run:
         Raises ConfigError: no such checkpoint, arrays of other names or shapes than the model's.
         """
         import jax
-        from orbax.checkpoint.experimental import v1 as ocp
 
         from linscale import models
+        from linscale.training import checkpoint
 
-        path = self.folder.absolute() / "checkpoints" / str(self.step(step))
+        path = self.folder / "checkpoints" / str(self.step(step))
         shapes = jax.eval_shape(functools.partial(models.init, self.config.model), 0)
         if sharding is None:
             sharding = jax.sharding.SingleDeviceSharding(jax.devices()[0])
         if isinstance(sharding, jax.sharding.Sharding):
             sharding = jax.tree.map(lambda _: sharding, shapes)
+        abstract = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, sharding)
         try:
-            saved = ocp.checkpointables_metadata(path).metadata["state"]
-        except Exception as error:  # orbax raises what its storage raises
-            raise ConfigError(f"{path} is no whole checkpoint: {' '.join(str(error).split())[:300]}.") from error
-        if differences := _differences(shapes, saved["params"]):
-            raise ConfigError(f"{path} does not fit the model of {self.folder / 'config.json'}: {differences}.")
-        abstract = {name: jax.tree.map(lambda _: ocp.PLACEHOLDER, tree) for name, tree in saved.items()}
-        abstract["params"] = jax.tree.map(
-            lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, sharding
-        )
-        return ocp.load_checkpointables(path, {"state": abstract})["state"]["params"]
+            return checkpoint.read(path, {"params": abstract})[0]["params"]
+        except Exception as error:  # what storage libraries raise on damaged files is open-ended
+            reason = " ".join(str(error).split())[:300] or type(error).__name__
+            raise ConfigError(f"{path} cannot be read ({reason}); choose another step with --step.") from error
 
     def cost(self, step: int) -> dict:
         """Tokens and FLOPs up to `step`, and the nearest held-out loss at or before it; None for what is not known."""
@@ -151,19 +144,3 @@ def open_runs(folder: str | Path) -> list[Run]:
     if not found:
         raise ConfigError(f"{folder} holds neither a run (config.json) nor runs in folders of their own.")
     return [open_run(path) for path in found]
-
-
-def _differences(expected: dict, found) -> str:
-    """What keeps `found` (arrays' metadata) from being `expected` (shapes), as a short list; empty if nothing does."""
-    from jax.tree_util import keystr, tree_flatten_with_path
-
-    wanted = {keystr(path): tuple(x.shape) for path, x in tree_flatten_with_path(expected)[0]}
-    had = {keystr(path): tuple(np.shape(x) or x.shape) for path, x in tree_flatten_with_path(found)[0]}
-    notes = [f"{name} is missing" for name in wanted if name not in had]
-    notes += [f"{name} is not expected" for name in had if name not in wanted]
-    notes += [
-        f"{name} has shape {had[name]} instead of {shape}"
-        for name, shape in wanted.items()
-        if had.get(name, shape) != shape
-    ]
-    return "; ".join(notes[:8]) + (f"; and {len(notes) - 8} more" if len(notes) > 8 else "")

@@ -1,6 +1,6 @@
 """Exchange with PyTorch's side of the world, as safetensors files and JSON; nothing is ever pickled or unpickled.
 
-  safetensors.py  the file format    names.py   what each parameter is called there    tokenizer.py  tokenizer.json
-  exporting.py    `linscale export`  importing.py  `linscale import`
-  torch_model.py  a plain PyTorch model of TNL and cosFormer2, copied beside their exports
+safetensors.py  the file format    names.py   what each parameter is called there    tokenizer.py  tokenizer.json
+exporting.py    `linscale export`  importing.py  `linscale import`
+torch_model.py  a plain PyTorch model of TNL and cosFormer2, copied beside their exports
 """

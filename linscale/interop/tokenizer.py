@@ -1,5 +1,6 @@
 """Tokenizers as tokenizer.json of the `tokenizers` library, which transformers loads, and back."""
 
+import itertools
 import json
 import shutil
 from pathlib import Path
@@ -53,7 +54,7 @@ def _last_merge(token: bytes, rank: int, ranks: dict[bytes, int]) -> tuple[bytes
     """The two parts that byte-pair encoding joins last to make `token`: its encoding by the ranks below its own."""
     parts = [bytes([b]) for b in token]
     while len(parts) > 2:
-        pairs = [ranks.get(a + b, rank) for a, b in zip(parts, parts[1:])]
+        pairs = [ranks.get(a + b, rank) for a, b in itertools.pairwise(parts)]
         at = min(range(len(pairs)), key=pairs.__getitem__)
         if pairs[at] >= rank:
             raise ConfigError(f"the token {token!r} of the tiktoken file is no pair of earlier ones; it is no BPE.")

@@ -43,7 +43,7 @@ class Mixer(nnx.Module):
         gates = log_forget(self.forget(x_BTD).astype(jnp.float32), self.lower_bound[...])
         gates = split_heads(gates, model.heads)
         out, cache = attend(model, q, None, v, state=cache, segment_ids=segment_ids, log_decay=gates)
-        return self.out(simple_rms_norm(merge_heads(out))), cache
+        return self.out(simple_rms_norm(merge_heads(out), model.hgrn2_norm_epsilon)), cache
 
 
 def log_forget(x: jax.Array, beta: jax.Array) -> jax.Array:

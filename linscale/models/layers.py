@@ -32,21 +32,21 @@ def dense(inputs: int, outputs: int, model: Model, rngs: nnx.Rngs) -> nnx.Linear
     return nnx.Linear(inputs, outputs, use_bias=False, dtype=dtype, precision=precision, kernel_init=init, rngs=rngs)
 
 
-def simple_rms_norm(x_BTD: jax.Array) -> jax.Array:
+def simple_rms_norm(x_BTD: jax.Array, epsilon: float = EPSILON) -> jax.Array:
     """x / RMS(x) over the last axis, no parameters; statistics in float32 (arXiv 2405.17381, eq. 14)."""
     x = x_BTD.astype(jnp.float32)
-    x = x * jax.lax.rsqrt(jnp.mean(x * x, axis=-1, keepdims=True) + EPSILON)
+    x = x * jax.lax.rsqrt(jnp.mean(x * x, axis=-1, keepdims=True) + epsilon)
     return x.astype(x_BTD.dtype)
 
 
 class RMSNorm(nnx.Module):
     """RMS norm with a learned scale, LLaMA's; statistics in float32."""
 
-    def __init__(self, width: int):
-        self.scale = nnx.Param(jnp.ones(width))
+    def __init__(self, width: int, epsilon: float = EPSILON):
+        self.scale, self.epsilon = nnx.Param(jnp.ones(width)), epsilon
 
     def __call__(self, x_BTD):
-        return simple_rms_norm(x_BTD) * self.scale[...].astype(x_BTD.dtype)
+        return simple_rms_norm(x_BTD, self.epsilon) * self.scale[...].astype(x_BTD.dtype)
 
 
 def split_heads(x_BTD: jax.Array, heads: int) -> jax.Array:

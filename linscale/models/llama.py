@@ -24,7 +24,7 @@ class Mixer(nnx.Module):
 
     @staticmethod
     def norm(model: Model):
-        return RMSNorm(model.width)
+        return RMSNorm(model.width, model.norm_epsilon)
 
     @staticmethod
     def empty_cache(model: Model, batch: int, slots: int):

@@ -10,6 +10,7 @@ as the seed paper counts none.
 Letters: B batch, T tokens, D width, H heads, K channels of a head.
 """
 
+import functools
 import math
 
 import jax
@@ -31,7 +32,7 @@ class Mixer(nnx.Module):
 
     @staticmethod
     def norm(model: Model):
-        return simple_rms_norm
+        return functools.partial(simple_rms_norm, epsilon=model.norm_epsilon)
 
     @staticmethod
     def empty_cache(model: Model, batch: int, slots: int):

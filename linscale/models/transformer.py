@@ -21,7 +21,7 @@ from flax import nnx
 from linscale.config import ConfigError, Model
 from linscale.kernels import cross_entropy
 from linscale.models import cosformer2, hgrn2, llama, tnl
-from linscale.models.layers import GatedLinearUnit, compute_dtype
+from linscale.models.layers import GatedLinearUnit, activation, compute_dtype
 from linscale.models.tpe import Tpe
 
 _MIXERS = {"llama": llama.Mixer, "tnl": tnl.Mixer, "hgrn2": hgrn2.Mixer, "cosformer2": cosformer2.Mixer}
@@ -47,7 +47,8 @@ class Block(nnx.Module):
         self.mixer_norm = mixer.norm(model)
         self.mixer = mixer(model, rngs)
         self.ffn_norm = mixer.norm(model)
-        self.ffn = GatedLinearUnit(model, mixer.ffn_activation, rngs)
+        chosen = model.ffn_activation
+        self.ffn = GatedLinearUnit(model, mixer.ffn_activation if chosen == "paper" else activation(chosen), rngs)
 
     def __call__(self, x_BTD, **context):
         mixed_BTD, cache = self.mixer(self.mixer_norm(x_BTD), **context)
