@@ -9,8 +9,10 @@ import dataclasses
 import math
 import re
 import typing
+from collections.abc import Mapping
 from typing import Any
 
+NAME = r"[A-Za-z0-9][A-Za-z0-9._-]{0,199}"  # of runs: a folder inside config.output, on any file system
 ARCHITECTURES = ("llama", "tnl", "hgrn2", "cosformer2", "hybrid")
 
 
@@ -151,31 +153,42 @@ def base():
 
 def resolve(config: Any) -> Config:
     """ConfigDict or dict -> checked Config. Raises ConfigError: unknown field, wrong type, value that cannot work."""
-    tree = config.to_dict() if hasattr(config, "to_dict") else dict(config)
-    resolved = _build(Config, tree, "")
+    resolved = build(config)
     _check(resolved)
     return resolved
 
 
+def build(config: Any) -> Config:
+    """`resolve` without looking at the values, so that what an override will still change may be wrong."""
+    tree = config.to_dict() if hasattr(config, "to_dict") else config
+    if not isinstance(tree, Mapping):
+        raise ConfigError(f"a config must be a ConfigDict or a dict, but it is {tree!r:.200}.")
+    return _build(Config, tree, "")
+
+
 def _build(cls, tree: dict, prefix: str):
     fields = {f.name: f for f in dataclasses.fields(cls)}
-    if unknown := sorted(set(tree) - set(fields)):
-        raise ConfigError(
-            f"config.{prefix}{unknown[0]} is not a field; {prefix or 'the top level '}has {', '.join(fields)}."
-        )
+    if unknown := sorted(map(str, set(tree) - set(fields))):
+        raise ConfigError(f"config.{prefix}{unknown[0]} is not a field; {prefix or 'the top level '}has {_names(cls)}.")
     hints = typing.get_type_hints(cls)
     values = {}
     for name, value in tree.items():
         kind, where = hints[name], f"config.{prefix}{name}"
         if dataclasses.is_dataclass(kind):
+            if not isinstance(value, Mapping):
+                raise ConfigError(f"{where} is {value!r}; it must be a section with {_names(kind)}.")
             values[name] = _build(kind, dict(value), f"{prefix}{name}.")
             continue
-        if kind is float and type(value) is int:
+        if kind is float and type(value) is int and abs(value) < 2**1023:
             value = float(value)
         if type(value) is not kind:
             raise ConfigError(f"{where} is {value!r}, a {type(value).__name__}; it must be a {kind.__name__}.")
         values[name] = value
     return cls(**values)
+
+
+def _names(cls) -> str:
+    return ", ".join(field.name for field in dataclasses.fields(cls))
 
 
 def _check(c: Config) -> None:
@@ -191,9 +204,11 @@ def _check(c: Config) -> None:
         if not low <= value <= high:
             raise ConfigError(f"config.{where} is {value}; it must lie between {low} and {high}.")
 
-    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", c.name):
+    _check_texts(c, "")
+    if not re.fullmatch(NAME, c.name):
         raise ConfigError(
-            f"config.name is {c.name!r}; it must be letters, digits, '.', '_' and '-', starting with a letter or digit."
+            f"config.name is {c.name!r}; it must be letters, digits, '.', '_' and '-', starting with a letter or "
+            "digit, at most 200."
         )
     if not c.output:
         raise ConfigError("config.output is empty; it must name a folder.")
@@ -209,8 +224,16 @@ def _check(c: Config) -> None:
     one_of("model.ffn_activation", m.ffn_activation, ("paper", "silu", "none"))
     within("model.norm_epsilon", m.norm_epsilon, 0.0, 1.0)
     within("model.hgrn2_norm_epsilon", m.hgrn2_norm_epsilon, 0.0, 1.0)
-    for field in ("layers", "width", "heads", "ffn", "vocab_size", "unroll"):
-        at_least(f"model.{field}", getattr(m, field), 1)
+    for field, most in (
+        ("layers", 10_000),
+        ("width", 2**20),
+        ("heads", 2**20),
+        ("ffn", 2**22),
+        ("vocab_size", 2**24),
+        ("unroll", 10_000),
+    ):
+        within(f"model.{field}", getattr(m, field), 1, most)
+    within("model.rope_base", m.rope_base, 1.0, 1e12)
     at_least("model.init_std", m.init_std, 0)
     at_least("model.softmax_every", m.softmax_every, 2)
     if m.width % m.heads:
@@ -232,8 +255,8 @@ def _check(c: Config) -> None:
             f"config.data.tokenizer is {d.tokenizer!r}; it must be bytes, bpe:ENTRIES, hf:FILE, sentencepiece:FILE or tiktoken:NAME."
         )
     within("data.heldout_share", d.heldout_share, 0.0, 0.5)
-    for field in ("max_tokens", "workers"):
-        at_least(f"data.{field}", getattr(d, field), 0)
+    at_least("data.max_tokens", d.max_tokens, 0)
+    within("data.workers", d.workers, 0, 1024)
     at_least("data.heldout_tokens", d.heldout_tokens, 1)
 
     for field in (
@@ -241,24 +264,35 @@ def _check(c: Config) -> None:
         "sequence",
         "accumulation",
         "log_every",
-        "eval_count",
         "checkpoint_every",
         "checkpoint_keep",
         "skip_limit",
     ):
         at_least(f"train.{field}", getattr(t, field), 1)
-    for field in ("spike_sigma", "stop_seconds", "hang_seconds", "checkpoint_keep_every"):
+    within("train.eval_count", t.eval_count, 1, 100_000)
+    for field in ("spike_sigma", "checkpoint_keep_every"):
         at_least(f"train.{field}", getattr(t, field), 0)
+    for field in ("stop_seconds", "hang_seconds"):
+        within(f"train.{field}", getattr(t, field), 0.0, 1e6)
     if not re.fullmatch(r"( *\d+(\.\d+)? *(, *\d+(\.\d+)? *)*)?", t.checkpoint_chinchilla):
         raise ConfigError(
             f"config.train.checkpoint_chinchilla is {t.checkpoint_chinchilla!r}; it must be numbers with commas between, "
             "as '0.5,1,2', or empty."
         )
+    if any(float(multiple) == 0 for multiple in t.checkpoint_chinchilla.split(",") if multiple.strip()):
+        raise ConfigError(
+            f"config.train.checkpoint_chinchilla is {t.checkpoint_chinchilla!r}; its numbers must be above 0."
+        )
     at_least("init.step", c.init.step, 0)
     if (c.init.step or c.init.weights_only) and not c.init.from_run:
         raise ConfigError("config.init.from_run is empty, but config.init.step or weights_only is set; name a run.")
-    at_least("train.steps", t.steps, 0)
+    within("train.steps", t.steps, 0, 2**31 - 1)
     at_least("train.tokens", t.tokens, 0 if t.steps else 1)
+    if c.steps >= 2**31:  # steps are counted in int32
+        raise ConfigError(
+            f"config.train.tokens is {t.tokens}, which makes {c.steps} steps of {c.tokens_per_step} tokens; there must "
+            f"be fewer than {2**31}."
+        )
     if t.batch % t.accumulation:
         raise ConfigError(
             f"config.train.accumulation is {t.accumulation}, which does not divide config.train.batch {t.batch}."
@@ -267,5 +301,22 @@ def _check(c: Config) -> None:
     one_of("optimizer.schedule", o.schedule, ("constant", "cosine", "wsd"))
     for field in ("learning_rate", "eps", "weight_decay", "clip", "warmup_tokens"):
         at_least(f"optimizer.{field}", getattr(o, field), 0)
-    for field in ("beta1", "beta2", "decay_share", "final_share"):
+    for field in ("decay_share", "final_share"):
         within(f"optimizer.{field}", getattr(o, field), 0.0, 1.0)
+    for field in ("beta1", "beta2"):  # the correction of the bias divides by 1 - beta
+        if not 0 <= getattr(o, field) < 1:
+            raise ConfigError(f"config.optimizer.{field} is {getattr(o, field)}; it must be at least 0 and below 1.")
+
+
+def _check_texts(section: Any, prefix: str) -> None:
+    """No text, except separators of documents, may hold what no path and no terminal should be given."""
+    for field in dataclasses.fields(section):
+        value, where = getattr(section, field.name), f"{prefix}{field.name}"
+        if dataclasses.is_dataclass(value):
+            _check_texts(value, f"{where}.")
+        if not isinstance(value, str) or where == "data.separator":
+            continue
+        if len(value) > 4096:
+            raise ConfigError(f"config.{where} has {len(value)} characters; it must have at most 4096.")
+        if not value.isprintable():
+            raise ConfigError(f"config.{where} is {value!r}; it must hold no control characters or broken Unicode.")

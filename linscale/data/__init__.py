@@ -3,7 +3,7 @@
 import importlib
 
 _HOMES = {"prepare": "corpus", "Corpus": "corpus"} | dict.fromkeys(
-    ("train_batches", "heldout_batches", "rows_of", "documents_of"), "pipeline"
+    ("check_batch", "train_batches", "heldout_batches", "rows_of", "documents_of"), "pipeline"
 )
 __all__ = list(_HOMES)
 

@@ -63,11 +63,7 @@ def train_batches(
     rows = Rows(corpus.train, sequence)
     if batch % hosts:
         raise ConfigError(f"config.train.batch is {batch}, which the {hosts} hosts do not divide; make it a multiple.")
-    if len(rows) < batch:
-        raise ConfigError(
-            f"config.train.batch {batch} times config.train.sequence {sequence} is {batch * sequence:,} tokens a step, "
-            f"but the training stream has {corpus.train.labels:,}; make them smaller or the corpus larger."
-        )
+    check_batch(corpus, batch, sequence)
     shuffled = _shuffled(rows, seed)
     # grain reads 500 elements ahead by default, which would be gigabytes of batches.
     options = grain.ReadOptions(num_threads=1, prefetch_buffer_size=2)
@@ -83,6 +79,15 @@ def train_batches(
             grain.MultiprocessingOptions(num_workers=workers, per_worker_buffer_size=2), worker_init_fn=_end_with_parent
         )
     return iter(batches)
+
+
+def check_batch(corpus: Corpus, batch: int, sequence: int) -> None:
+    """ConfigError if the training stream has less than one batch."""
+    if corpus.train.labels // sequence < batch:
+        raise ConfigError(
+            f"config.train.batch {batch} times config.train.sequence {sequence} is {batch * sequence:,} tokens a step, "
+            f"but the training stream has {corpus.train.labels:,}; make them smaller or the corpus larger."
+        )
 
 
 def _shuffled(rows, seed: int):

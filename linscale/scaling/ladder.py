@@ -58,6 +58,7 @@ def run(configs: list[Config], recipe: str) -> None:
         if config.data not in corpora:
             corpora[config.data] = data.prepare(config.data, config.model.vocab_size, log=say)
             say(corpora[config.data].summary)
+        data.check_batch(corpora[config.data], config.train.batch, config.train.sequence)
     output = Path(configs[0].output)
     run_folder.write_json(output / "ladder.json", {"recipe": recipe, "runs": _names(output, configs)})
 

@@ -49,6 +49,7 @@ def train(config: Config, corpus=None, label: str = "", note=None) -> dict:
         if corpus is None:
             corpus = data.prepare(config.data, config.model.vocab_size, log=say)
             say(corpus.summary)
+        data.check_batch(corpus, config.train.batch, config.train.sequence)
         start.check(config, corpus.fingerprint)
         run = run_folder.claim(config, corpus)
         return _train(config, corpus, run, label, note, sigterm, tick)
@@ -76,7 +77,7 @@ def _train(config: Config, corpus, run: dict, label: str, note, sigterm, tick) -
         if how:
             say(f"{label}: {how}")
 
-        evaluations, saving = eval_steps(config.steps, config.train.eval_count), run_folder.save_steps(config)
+        evaluations, is_saved = eval_steps(config.steps, config.train.eval_count), run_folder.save_steps(config)
         log = metrics.Log(folder, config, run, first, peak(config))
         progress = metrics.Progress(label, config.steps, first, config.tokens_per_step, note)
         sigterm.saves = True
@@ -93,7 +94,7 @@ def _train(config: Config, corpus, run: dict, label: str, note, sigterm, tick) -
                 in_flight = (n, measured, batch)
 
                 stops = sigterm.came(n) and n < config.steps
-                evaluates, saves = n in evaluations, n in saving or stops
+                evaluates, saves = n in evaluations, is_saved(n) or stops
                 if evaluates or saves:
                     if record(log, progress, config, *in_flight[:2]):
                         diagnosis.stop(config, corpus, checkpointer, state, *in_flight)

@@ -12,7 +12,7 @@ import os
 from pathlib import Path
 
 import linscale
-from linscale.config import Config, ConfigError, resolve
+from linscale.config import Config, ConfigError, build, resolve
 
 
 def split(argv: list[str], command: str) -> list[tuple[str, str]]:
@@ -80,6 +80,13 @@ def _import(recipe: str):
     for name in ("RUNGS", "get_config"):
         if not hasattr(module, name):
             raise ConfigError(f"the recipe {recipe!r} does not define {name}.")
+    rungs = module.RUNGS
+    if not isinstance(rungs, tuple | list) or not all(isinstance(rung, str) for rung in rungs):
+        raise ConfigError(f"the recipe {recipe!r} has RUNGS = {rungs!r}; it must be a tuple of names.")
+    if not rungs:
+        raise ConfigError(f"the recipe {recipe!r} has RUNGS that are empty; it must name a rung.")
+    if not callable(module.get_config):
+        raise ConfigError(f"the recipe {recipe!r} has get_config = {module.get_config!r}; it must be a function.")
     return module
 
 
@@ -87,7 +94,16 @@ def _rung(module, rung: str, overrides: list[tuple[str, str]]) -> Config:
     if rung not in module.RUNGS:
         near = difflib.get_close_matches(rung, module.RUNGS, 1, 0)
         raise ConfigError(f"{rung!r} is not a rung of the recipe; nearest is {near[0]}, all are {_few(module.RUNGS)}.")
-    return resolve(_override(_run(f"{module.__file__}:{rung}", module.get_config, rung), overrides))
+    from ml_collections import ConfigDict
+
+    config = _run(f"{module.__file__}:{rung}", module.get_config, rung)
+    if not isinstance(config, ConfigDict):
+        raise ConfigError(
+            f"get_config of {module.__file__} gives {config!r:.200} for {rung}, a {type(config).__name__}; it must be "
+            "the ConfigDict of linscale.config.base()."
+        )
+    build(config)  # overrides need every section to be one
+    return resolve(_override(config, overrides))
 
 
 def _run(recipe: str, function, argument):
@@ -96,7 +112,7 @@ def _run(recipe: str, function, argument):
         return function(argument)
     except ConfigError:
         raise
-    except Exception as error:
+    except (Exception, SystemExit, KeyboardInterrupt) as error:  # a recipe has no business to end the program
         if os.environ.get("LINSCALE_TRACEBACK"):
             raise
         raise ConfigError(f"the recipe {recipe} fails with {type(error).__name__}: {error}") from error

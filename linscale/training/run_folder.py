@@ -9,6 +9,7 @@ import math
 import os
 import shutil
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 
 import linscale
@@ -46,9 +47,10 @@ def milestones(config: Config) -> dict[str, int]:
     return {name: step for name, step in steps.items() if 1 <= step <= config.steps}
 
 
-def save_steps(config: Config) -> set[int]:
-    """The steps after which the run saves: regular ones, milestones, and the last."""
-    return {*range(0, config.steps, config.train.checkpoint_every), *milestones(config).values(), config.steps} - {0}
+def save_steps(config: Config) -> Callable[[int], bool]:
+    """Step -> does the run save after it? Regular steps, milestones, and the last."""
+    own = {*milestones(config).values(), config.steps}
+    return lambda step: step in own or step % config.train.checkpoint_every == 0
 
 
 def read_done(config: Config) -> dict | None:
