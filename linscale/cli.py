@@ -22,6 +22,10 @@ COMMANDS = {
     "fit": ("linscale.scaling.fit", "fit L(C) = a C^b for each architecture of a ladder"),
     "report": ("linscale.scaling.report", "write the report of a ladder as one HTML page and PNG files"),
     "count": ("linscale.scaling.count", "parameters and FLOPs of the paper's models"),
+    "paper": (
+        "linscale.scaling.paper_command",
+        "the paper's laws: who is best at which compute, where lines cross; its tables",
+    ),
     "launch": ("linscale.launch.command", "scripts and manifests for TPU VMs, GKE and SLURM"),
     "doctor": ("linscale.doctor", "versions, devices, memory, disk, and which attention kernels run here"),
 }

@@ -1,0 +1,56 @@
+"""Days of training on named hardware: FLOPs over peak times utilisation (MFU), from the counting module's peaks."""
+
+import argparse
+import dataclasses
+import math
+
+from linscale.config import ConfigError
+from linscale.launch.hardware import Topology, parse
+
+DEFAULT = ("h100:8", "h100:256", "v5e:16x16")
+MFU = 0.4  # what a large run should reach; say your own
+
+
+@dataclasses.dataclass(frozen=True)
+class Hardware:
+    """days(flops) at the bfloat16 peak of all devices times mfu."""
+
+    topology: Topology
+    mfu: float
+
+    @property
+    def name(self) -> str:
+        return self.topology.name
+
+    @property
+    def speed(self) -> float:
+        """FLOP/s that training is expected to reach."""
+        return self.topology.chip.peak * self.topology.devices * self.mfu
+
+    def days(self, flops: float) -> float:
+        return flops / self.speed / 86_400
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--hardware", nargs="+", default=list(DEFAULT), metavar="CHIP:N", help=f"for days ({' '.join(DEFAULT)})"
+    )
+    parser.add_argument("--mfu", type=float, default=MFU, help=f"share of the peak that training reaches ({MFU})")
+
+
+def chosen(arguments: argparse.Namespace) -> list[Hardware]:
+    """Raises ConfigError for an unknown chip, a shape it cannot have, or an --mfu outside of 0 to 1."""
+    if not (math.isfinite(arguments.mfu) and 0 < arguments.mfu <= 1):
+        raise ConfigError(f"--mfu is {arguments.mfu}; it must lie above 0 and at most at 1.")
+    try:
+        return [Hardware(parse(text), arguments.mfu) for text in arguments.hardware]
+    except ConfigError as error:
+        raise ConfigError(str(error).replace("--topology", "--hardware")) from None
+
+
+def time(days: float) -> str:
+    """'3.2 hours', '41 days', '12 years'."""
+    for unit, size in (("seconds", 1 / 86_400), ("minutes", 1 / 1440), ("hours", 1 / 24), ("days", 1.0)):
+        if days < {"seconds": 90 / 86_400, "minutes": 90 / 1440, "hours": 2.0, "days": 1000.0}[unit]:
+            return f"{days / size:.3g} {unit}"
+    return f"{days / 365.25:.3g} years" if days < 1e9 else f"{days / 365.25:.1e} years"
