@@ -67,7 +67,11 @@ def _any_shape(q, k, v, log_decay, initial_state, segment_ids):
     if log_decay is None:
         log_decay = jnp.zeros(q.shape[2], jnp.float32)
     if log_decay.ndim == 4:
-        out, state = _vector(q, k, v, widen(log_decay, 128), initial_state, segment_ids)
+        log_decay = widen(log_decay, 128)
+        if segment_ids is not None:  # a gate that lets nothing through, before a document's first token
+            k = (-jnp.expm1(log_decay.astype(jnp.float32))).astype(q.dtype) if k is None else k
+            log_decay = jnp.where(document_starts(segment_ids, q)[..., None, None], -jnp.inf, log_decay)
+        out, state = _vector(q, k, v, log_decay, initial_state)
     else:
         out, state = _scalar(tokens, q, k, v, log_decay, initial_state, segment_ids)
     return out[:, :tokens, :, :V], state[..., :K, :V]
@@ -78,25 +82,30 @@ def _pad(x, widths, **kw):
 
 
 @jax.custom_vjp
-def _vector(q, k, v, log_decay, initial_state, segment_ids):
+def _vector(q, k, v, log_decay, initial_state):
     from linscale.kernels.linear_attention import pallas_gpu_vector as kernels
 
-    if segment_ids is not None:  # a gate that lets nothing through, before a document's first token
-        k = (-jnp.expm1(log_decay.astype(jnp.float32))).astype(q.dtype) if k is None else k
-        log_decay = jnp.where(document_starts(segment_ids, q)[..., None, None], -jnp.inf, log_decay)
-    return kernels.forward(q, k, v, log_decay, initial_state)
+    before = None if initial_state is None else initial_state[:, None]
+    out, after, _, _ = kernels.forward(q, k, v, log_decay, before)
+    return out, after[:, -1]
 
 
-def _vector_forward(*args):
-    return _vector(*args), args
+def _vector_forward(q, k, v, log_decay, initial_state):
+    from linscale.kernels.linear_attention import pallas_gpu_vector as kernels
+
+    before = None if initial_state is None else initial_state[:, None]
+    out, after, states, scores = kernels.forward(q, k, v, log_decay, before, save=True)
+    return (out, after[:, -1]), (q, k, v, log_decay, states, scores, None if before is None else ())
 
 
-def _vector_backward(args, cotangents):
-    """Through XLA, which forms the chunks' scores again."""
-    *args, segment_ids = args
-    run = lambda q, k, v, g, state: chunked.chunked(q, k, v, g, None, state, segment_ids)  # noqa: E731
-    _, pullback = jax.vjp(run, *args)
-    return *pullback(tuple(cotangents)), None
+def _vector_backward(residuals, cotangents):
+    from linscale.kernels.linear_attention.pallas_gpu_vector_backward import carry, within
+
+    q, k, v, log_decay, states, scores, given = residuals
+    d_out, d_state = cotangents
+    dv, grads, before = carry(q, k, d_out, log_decay, scores, d_state[:, None])
+    dq, dk, d_log_decay = within(q, k, v, d_out, log_decay, states, grads)
+    return dq, dk, dv, d_log_decay, None if given is None else before[:, 0]
 
 
 _vector.defvjp(_vector_forward, _vector_backward)

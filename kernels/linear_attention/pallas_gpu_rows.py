@@ -42,6 +42,26 @@ def partner_rows(x, distance):
     return exchange(x)
 
 
+def pick(size, upper, lower):
+    """[64,n]: rows of `upper` where the row's block of `size` (1 to 32) rows has an odd number, else of `lower`.
+
+    For blocks of 8 the choice is known when compiling: the lane's second row is the one in the upper block.
+    """
+
+    @plgpu.inline_mgpu(arg_types=(ROWS, ROWS), return_type=_type(upper.shape))
+    def choose(_, upper, lower):
+        pairs = list(zip(upper.registers.reshape(-1, 2), lower.registers.reshape(-1, 2)))
+        if size == 8:
+            return _like([r for (_, u), (low, _) in pairs for r in (low, u)], upper.shape, upper.layout)
+        i32 = ir.IntegerType.get_signless(32)
+        bit = arith.andi(utils.thread_idx(), utils.c(size * 4 if size < 8 else size * 2, i32))
+        odd = arith.cmpi(arith.CmpIPredicate.ne, bit, utils.c(0, i32))
+        registers = [arith.select(odd, u, low) for ups, lows in pairs for u, low in zip(ups, lows)]
+        return _like(registers, upper.shape, upper.layout)
+
+    return choose(upper, lower)
+
+
 def tile_products(total, a, b):
     """total [64,16] + each 16-row tile of a times the transpose of the same tile of b; a and b [64,n] bfloat16."""
 
@@ -56,19 +76,68 @@ def tile_products(total, a, b):
             lhs = [a_words[low, 0], a_words[low, 1], a_words[high, 0], a_words[high, 1]]
             for half in range(2):  # the tile's first or last eight rows of b
                 rhs = [b_words[low, half], b_words[high, half]]
-                result = llvm.inline_asm(
-                    llvm.StructType.get_literal([f32] * 4),
-                    [*lhs, *rhs, *sums[4 * half : 4 * half + 4]],
-                    "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32"
-                    " {$0,$1,$2,$3}, {$4,$5,$6,$7}, {$8,$9}, {$10,$11,$12,$13};",
-                    "=f,=f,=f,=f,r,r,r,r,r,r,f,f,f,f",
-                    has_side_effects=False,
-                )
-                sums[4 * half : 4 * half + 4] = [llvm.extractvalue(f32, result, [i]) for i in range(4)]
+                at = slice(4 * half, 4 * half + 4)
+                sums[at] = _mma(lhs, rhs, sums[at])
         pairs = [vector.from_elements(ir.VectorType.get((2,), f32), sums[i : i + 2]) for i in range(0, 8, 2)]
         return _like(pairs, (64, 16), total.layout)
 
     return product(total, a, b)
+
+
+def tile_apply(total, a, x):
+    """total [64,n] + each 16-row tile of a [64,16] times the same 16 rows of x [64,n]; a and x bfloat16.
+
+    mma.sync wants x with tokens along its inner dimension, so each 8 by 8 block is transposed within the warp.
+    """
+
+    @plgpu.inline_mgpu(arg_types=(ROWS, ROWS, ROWS), return_type=_type(total.shape))
+    def apply(_, total, a, x):
+        i32, f32 = ir.IntegerType.get_signless(32), ir.F32Type.get()
+        words = lambda x: np.asarray([utils.bitcast(r, i32) for r in x.registers.flatten()]).reshape(-1, 2)  # noqa: E731
+        lhs = words(a).flatten().tolist()
+        results = []
+        for (first, last), sums in zip(words(x), total.registers.reshape(-1, 2)):
+            rhs = [
+                llvm.inline_asm(i32, [w], "movmatrix.sync.aligned.m8n8.trans.b16 $0, $1;", "=r,r", has_side_effects=False)
+                for w in (first, last)
+            ]
+            sums = [vector.extract(r, [], [i]) for r in sums for i in range(2)]
+            sums = _mma(lhs, rhs, sums)
+            results += [vector.from_elements(ir.VectorType.get((2,), f32), sums[i : i + 2]) for i in (0, 2)]
+        return _like(results, total.shape, total.layout)
+
+    return apply(total, a, x)
+
+
+def diagonal_tiles(x):
+    """[64,64] -> [64,16]: from each 16-row tile the 16 columns of the same numbers."""
+
+    @plgpu.inline_mgpu(arg_types=(ROWS,), return_type=_type((64, 16), x.dtype))
+    def select(_, x):
+        warp, _ = _place()
+        octets, chosen = x.registers.reshape(-1, 2), None
+        for w in range(4):
+            here = octets[2 * w : 2 * w + 2].flatten()
+            if w:
+                mine = arith.cmpi(arith.CmpIPredicate.eq, warp, utils.c(w, ir.IndexType.get()))
+                here = [arith.select(mine, new, old) for new, old in zip(here, chosen)]
+            chosen = here
+        return _like(chosen, (64, 16), x.layout)
+
+    return select(x)
+
+
+def _mma(lhs, rhs, sums):
+    """The warp's own product of 16 by 16 and 16 by 8, added to four sums a lane."""
+    f32 = ir.F32Type.get()
+    result = llvm.inline_asm(
+        llvm.StructType.get_literal([f32] * 4),
+        [*lhs, *rhs, *sums],
+        "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {$0,$1,$2,$3}, {$4,$5,$6,$7}, {$8,$9}, {$10,$11,$12,$13};",
+        "=f,=f,=f,=f,r,r,r,r,r,r,f,f,f,f",
+        has_side_effects=False,
+    )
+    return [llvm.extractvalue(f32, result, [i]) for i in range(4)]
 
 
 def repeat_columns(x):

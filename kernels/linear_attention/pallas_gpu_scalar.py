@@ -25,7 +25,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 C = 64
 BF, F32 = jnp.bfloat16, jnp.float32
 ROWS = plgpu.Layout.WGMMA
-_PARAMS = {"approx_math": True, "lowering_semantics": plgpu.LoweringSemantics.Warpgroup}
+PARAMS = {"approx_math": True, "lowering_semantics": plgpu.LoweringSemantics.Warpgroup}
 
 # Rows of `documents` [B,chunks,5,C], see `pallas_gpu.documents`.
 FIRST, LAST, READS, REACHES, SURVIVES = range(5)
@@ -311,5 +311,5 @@ def call(body, name, out_type, scratch, grid):
         grid_names=("b", "n", "h") if len(grid) == 3 else ("b", "h"),
         num_threads=3,
         thread_name="wg",
-        compiler_params=plgpu.CompilerParams(**_PARAMS),
+        compiler_params=plgpu.CompilerParams(**PARAMS),
     )

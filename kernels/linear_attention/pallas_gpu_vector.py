@@ -1,18 +1,13 @@
 """Linear attention with one decay per token and channel on Hopper GPUs, forward: Pallas Mosaic GPU, state on chip.
 
-Exact for any gate: exponents above zero, and quotients of gates, are never formed (design: recursive halving). A chunk
-of 64 tokens is halved six times; where a query in an upper half meets a key in the lower half, both are weighted with
-products of gates up to the boundary between them. The products are built bottom up, one multiplication a level, from
-one exponential per element. Levels inside 16 tokens stay in registers and use the warps' own matrix product; the two
-levels above use wgmma.
+Scores inside a chunk by recursive halving (`pallas_gpu_gates`): levels inside 16 tokens stay in registers and use the
+warps' own matrix product, the two levels above use wgmma.
 
 Each of the two computing warpgroups weights half of the key channels, and owns half of the value channels and of the
 state. Twice a chunk they wait for each other.
 
 Letters: B batch, T tokens, H heads, K key channels, V value channels, N spans, C tokens of a chunk.
 """
-
-import math
 
 import jax
 import jax.numpy as jnp
@@ -21,33 +16,37 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from linscale.kernels.linear_attention import pallas_gpu_rows as rows
-from linscale.kernels.linear_attention.pallas_gpu_scalar import BF, F32, ROWS, C, along_rows, call, load, load_global
+from linscale.kernels.linear_attention.pallas_gpu_gates import SHARED, SLICE, TILE, index, products, tied_key, tiles
+from linscale.kernels.linear_attention.pallas_gpu_scalar import (
+    BF,
+    F32,
+    ROWS,
+    C,
+    Walk,
+    along_rows,
+    call,
+    load,
+    load_global,
+    ring,
+)
 
-SLICE = 32  # channels weighted at a time: what registers hold
-TILE = 16
-SHARED = 232448 - 1024
 
+def forward(q, k, v, log_decay, initial, *, spans=1, save=False, stages=2):
+    """out [B,T,H,V], the state after each span [B,N,H,K,V]; with `save` what the backward pass needs, else None twice:
+    the state before each chunk [B,chunks,H,K,V] and the scores [B,chunks,H,C,C], bfloat16.
 
-def tiles(dtype=BF):
-    return (plgpu.TilingTransform((8, SLICE)), plgpu.SwizzleTransform(SLICE * jnp.dtype(dtype).itemsize))
-
-
-def _iota(shape, dimension):
-    return plgpu.broadcasted_iota(jnp.int32, shape, dimension, layout=ROWS)
-
-
-def forward(q, k, v, log_decay, initial, *, stages=2):
-    """out [B,T,H,V] and the last state [B,H,K,V]. k may be None: 1 - exp(log_decay). log_decay float32 or bfloat16."""
+    k may be None: 1 - exp(log_decay). log_decay float32 or bfloat16; initial [B,N,H,K,V] or None.
+    """
     B, T, H, K = q.shape
     V = v.shape[-1]
     half = V // 2
-    chunks = math.ceil(T / C)
+    walk = Walk(T, spans)
     start_state = initial is not None
     tied = k is None
     g_type = log_decay.dtype
     per_stage = C * (K * (2 if tied else 4) + 2 * V + K * jnp.dtype(g_type).itemsize)
-    fixed = 2 * C * K * (3 if tied else 2) + 2 * K * V + 2 * C * V + 2 * C * TILE * 4 + K * 4 + 2 * 4 * SLICE * 4
-    stages = max(1, min(stages, chunks, (SHARED - fixed) // per_stage))
+    fixed = 2 * C * K * (3 if tied else 2) + 2 * K * V + 2 * C * V + 2 * C * TILE * 4 + K * 4 + 2 * 4 * SLICE * 4 + 2 * C * C * save
+    stages = max(1, min(stages, walk.chunks, (SHARED - fixed) // per_stage))
 
     def body(*refs):
         refs = list(refs)
@@ -55,14 +54,13 @@ def forward(q, k, v, log_decay, initial, *, stages=2):
         k_g = None if tied else refs.pop(0)
         v_g, g_g = refs.pop(0), refs.pop(0)
         initial_g = refs.pop(0) if start_state else None
-        o_g, final_g, q_s, v_s, g_s, k_s, x16_s, x32_s, s_s, o_s, tile_s, whole_s, total_s, full, empty, ready, free = (
-            refs
-        )
-        b, h, wg = (lax.axis_index(a) for a in ("b", "h", "wg"))
+        o_g, final_g = refs.pop(0), refs.pop(0)
+        states_g, scores_g = (refs.pop(0), refs.pop(0)) if save else (None, None)
+        q_s, v_s, g_s, k_s, x16_s, x32_s, s_s, o_s, tile_s, whole_s, total_s, full, empty, ready, free, *p_s = refs
+        b, span, h, wg = (lax.axis_index(a) for a in ("b", "n", "h", "wg"))
 
         def weigh(slot, wg):
             """Weights this warpgroup's channels; returns its share of the scores inside tiles of 16, [64,16]."""
-            row = _iota((C, SLICE), 0)
             levels = [plgpu.layout_cast(jnp.zeros((C, TILE), F32), ROWS) for _ in range(5)]
             for part in range(K // 2 // SLICE):
                 mine = pl.ds(wg * (K // 2) + part * SLICE, SLICE)
@@ -70,42 +68,24 @@ def forward(q, k, v, log_decay, initial, *, stages=2):
                 g = load(g_s.at[slot, :, mine]).astype(F32)
                 a = jnp.exp(g)
                 q = load(q_s.at[slot, :, mine]).astype(F32)
-                if tied:  # near zero the difference would lose digits
-                    k = jnp.where(g > -0.02, -g * (1.0 + g * (0.5 + g * (1.0 / 6.0))), 1.0 - a)
-                else:
-                    k = load(keys.at[:, mine]).astype(F32)
+                k = tied_key(g, a) if tied else load(keys.at[:, mine]).astype(F32)
                 levels[0] = rows.tile_products(levels[0], q.astype(BF), k.astype(BF))
-                # Products inside blocks of `size` tokens: first to token, after token to last, and of all.
-                to_token, after_token, whole, size = a, None, a, 1
-                for level in range(6):
-                    upper = lax.rem(lax.div(row, jnp.int32(size)), jnp.int32(2)) == 1
+
+                def weighted(level, size, to_token, after_token, q=q, k=k, mine=mine):
                     key = k if after_token is None else k * after_token
-                    x = jnp.where(upper, q * to_token, key).astype(BF)
+                    x = rows.pick(size, q * to_token, key).astype(BF)
                     if size < TILE:
                         levels[1 + level] = rows.tile_products(levels[1 + level], x, x)
-                        partner = rows.partner_rows(whole, size)
                     else:
-                        (x16_s if size == 16 else x32_s).at[:, mine][...] = x
-                        if size == 16:
-                            rows.put_tile_rows(whole, whole_s.at[wg])
-                            plgpu.commit_smem()
-                            partner = rows.get_tile_rows(whole_s.at[wg], 1, SLICE)
-                        else:
-                            partner = rows.get_tile_rows(whole_s.at[wg], 2, SLICE)
-                            partner = partner * rows.get_tile_rows(whole_s.at[wg], 3, SLICE)
-                    to_token = jnp.where(upper, to_token * partner, to_token)
-                    if after_token is None:
-                        after_token = jnp.where(upper, 1.0, partner)
-                    else:
-                        after_token = jnp.where(upper, after_token, after_token * partner)
-                    whole = whole * partner
-                    size *= 2
+                        (x16_s if size == TILE else x32_s).at[:, mine][...] = x
+
+                to_token, after_token, whole = products(a, whole_s.at[wg], weighted)
                 q_s.at[slot, :, mine][...] = (q * to_token).astype(BF)
                 keys.at[:, mine][...] = (k * after_token).astype(BF)
                 total_s_rows = total_s.at[:, mine]
                 rows.put_tile_rows(whole, total_s_rows)
                 plgpu.commit_smem()  # before the next part writes whole_s
-            i, j = lax.rem(_iota((C, TILE), 0), jnp.int32(TILE)), _iota((C, TILE), 1)
+            i, j = lax.rem(index((C, TILE), 0), jnp.int32(TILE)), index((C, TILE), 1)
             tile = jnp.where(i == j, levels[0], 0.0)
             for level in range(4):
                 size = jnp.int32(1 << level)
@@ -119,7 +99,7 @@ def forward(q, k, v, log_decay, initial, *, stages=2):
             plgpu.set_max_registers(232, action="increase")
             values = pl.ds(wg * half, half)
             if start_state:
-                S = load_global(initial_g.at[b, h, :, values])
+                S = load_global(initial_g.at[b, span, h, :, values])
             else:
                 S = plgpu.layout_cast(jnp.zeros((K, half), F32), ROWS)
             s_s.at[wg][...] = S.astype(BF)
@@ -128,6 +108,9 @@ def forward(q, k, v, log_decay, initial, *, stages=2):
 
             def chunk(t, S):
                 slot = lax.rem(t, jnp.int32(stages))
+                n = span * walk.chunks + t
+                if save:
+                    plgpu.copy_smem_to_gmem(s_s.at[wg], states_g.at[b, n, h, :, values])
                 plgpu.barrier_wait(full.at[slot])
                 plgpu.barrier_wait(free)  # the other has read what is now written over
                 tile = weigh(slot, wg)
@@ -141,7 +124,7 @@ def forward(q, k, v, log_decay, initial, *, stages=2):
                     plgpu.wgmma(acc32, x32_s, x32_s.transpose((1, 0)))
                     plgpu.wgmma(oacc, q_s.at[slot], s_s.at[wg])
                     whole_tile = rows.repeat_columns(load(tile_s.at[0]) + load(tile_s.at[1]))
-                    i, j = (lax.div(_iota((C, C), d), jnp.int32(TILE)) for d in range(2))
+                    i, j = (lax.div(index((C, C), d), jnp.int32(TILE)) for d in range(2))
                     p = jnp.where(i == j, whole_tile, 0.0)
                     first = jnp.where(lax.rem(i, jnp.int32(2)) == 1, i - 1 - j, -1)
                     p = jnp.where(first == 0, plgpu.wgmma_accumulator_load(acc16, wait_n=2), p)
@@ -163,21 +146,31 @@ def forward(q, k, v, log_decay, initial, *, stages=2):
                 plgpu.wait_smem_to_gmem(0, wait_read_only=True)
                 o_s.at[wg][...] = o.astype(BF)
                 s_s.at[wg][...] = S.astype(BF)
+                if save:
+
+                    @pl.when(wg == 0)
+                    def _():
+                        p_s[0][...] = p
+
                 plgpu.commit_smem()
-                plgpu.copy_smem_to_gmem(o_s.at[wg], o_g.at[b, pl.ds(t * C, C), h, values])
+                plgpu.copy_smem_to_gmem(o_s.at[wg], o_g.at[b, pl.ds(n * C, C), h, values])
+                if save:
+
+                    @pl.when(wg == 0)
+                    def _():
+                        plgpu.copy_smem_to_gmem(p_s[0], scores_g.at[b, n, h])
+
                 return S
 
-            S = lax.fori_loop(0, chunks, chunk, S)
-            final_g.at[b, h, :, values][...] = S
+            S = lax.fori_loop(0, walk.chunks, chunk, S)
+            final_g.at[b, span, h, :, values][...] = S
             plgpu.barrier_wait(free)
             plgpu.wait_smem_to_gmem(0)
 
         @pl.when(wg == 2)
         def _producer():
-            plgpu.set_max_registers(40, action="decrease")
-
             def fetch(t, slot):
-                at = pl.ds(t * C, C)
+                at = pl.ds(walk.start(span, t), C)
                 plgpu.copy_gmem_to_smem(g_g.at[b, at, h], g_s.at[slot], full.at[slot])
                 plgpu.copy_gmem_to_smem(q_g.at[b, at, h], q_s.at[slot], full.at[slot])
                 if not tied:
@@ -186,14 +179,7 @@ def forward(q, k, v, log_decay, initial, *, stages=2):
                     source = v_g.at[b, at, h, pl.ds(w * half, half)]
                     plgpu.copy_gmem_to_smem(source, v_s.at[slot, w], full.at[slot])
 
-            for i in range(stages):
-                fetch(jnp.int32(i), i)
-
-            @pl.loop(0, chunks - stages)
-            def _(t):
-                slot = lax.rem(t, jnp.int32(stages))
-                plgpu.barrier_wait(empty.at[slot])
-                fetch(t + stages, slot)
+            ring(fetch, walk.chunks, stages, empty)
 
     low = {"transforms": tiles()}
     scratch = [
@@ -213,6 +199,10 @@ def forward(q, k, v, log_decay, initial, *, stages=2):
         plgpu.Barrier(num_arrivals=2),
         plgpu.Barrier(num_arrivals=2),
     ]
-    out_type = [jax.ShapeDtypeStruct(v.shape, BF), jax.ShapeDtypeStruct((B, H, K, V), F32)]
+    out_type = [jax.ShapeDtypeStruct(v.shape, BF), jax.ShapeDtypeStruct((B, spans, H, K, V), F32)]
+    if save:
+        out_type += [jax.ShapeDtypeStruct((B, spans * walk.chunks, H, *x), BF) for x in ((K, V), (C, C))]
+        scratch.append(plgpu.SMEM((C, C), BF, **low))
     inputs = [x for x in (q, k, v, log_decay, initial) if x is not None]
-    return call(body, "linear_attention_vector_forward", out_type, scratch, (B, H))(*inputs)
+    out = call(body, "linear_attention_vector_forward", out_type, scratch, (B, spans, H))(*inputs)
+    return *out[:2], *(out[2:] if save else (None, None))

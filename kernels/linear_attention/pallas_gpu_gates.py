@@ -1,0 +1,90 @@
+"""What the kernels for one decay per token and channel share: products of gates inside a chunk, by recursive halving.
+
+Exact for any gate: exponents above zero, and quotients of gates, are never formed. A chunk of 64 tokens is halved six
+times; where a query in an upper half meets a key in the lower half, the query is weighted with the product of gates
+from the boundary to itself, the key with the product from behind itself to the boundary. The products are built bottom
+up, one multiplication a level, from one exponential per element.
+"""
+
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from linscale.kernels.linear_attention import pallas_gpu_rows as rows
+from linscale.kernels.linear_attention.pallas_gpu_scalar import BF, F32, ROWS
+
+SLICE = 32  # channels weighted at a time: what registers hold
+TILE = 16
+LEVELS = 6
+SHARED = 232448 - 4096  # what small buffers and their alignment leave
+
+
+def tiles(dtype=BF):
+    """The shared-memory form of matrices that are written a slice at a time."""
+    return (plgpu.TilingTransform((8, SLICE)), plgpu.SwizzleTransform(SLICE * jnp.dtype(dtype).itemsize))
+
+
+def index(shape, dimension):
+    return plgpu.broadcasted_iota(jnp.int32, shape, dimension, layout=ROWS)
+
+
+def constant(value, shape):
+    return plgpu.layout_cast(jnp.full(shape, value, F32), ROWS)
+
+
+def tied_key(g, a):
+    """1 - a for a = exp(g); near zero the difference would lose digits."""
+    return jnp.where(g > -0.02, -g * (1.0 + g * (0.5 + g * (1.0 / 6.0))), 1.0 - a)
+
+
+def products(a, whole_s, visit=None):
+    """Products of the gates a [C,SLICE]: first token of the chunk to each, behind each to the last, and of all.
+
+    Before each of the six halvings' blocks of `size` tokens are joined, visit(level, size, to_token, after_token)
+    sees the products inside the blocks (after_token None: ones). whole_s [4,SLICE]
+    is shared memory for the exchange between warps.
+    """
+    one = constant(1.0, a.shape)
+    to_token, after_token, whole, size = a, None, a, 1
+    for level in range(LEVELS):
+        if visit is not None:
+            visit(level, size, to_token, after_token)
+        if size < TILE:
+            partner = rows.partner_rows(whole, size)
+        elif size == TILE:
+            rows.put_tile_rows(whole, whole_s)
+            plgpu.commit_smem()
+            partner = rows.get_tile_rows(whole_s, 1, SLICE)
+        else:
+            partner = rows.get_tile_rows(whole_s, 2, SLICE) * rows.get_tile_rows(whole_s, 3, SLICE)
+        to_token = rows.pick(size, to_token * partner, to_token)
+        if after_token is None:
+            after_token = rows.pick(size, one, partner)
+        else:
+            after_token = rows.pick(size, after_token, after_token * partner)
+        whole = whole * partner
+        size *= 2
+    return to_token, after_token, whole
+
+
+def crossing(shape, size):
+    """Ones where row and column (of a chunk, or of its tiles if there are 16 columns) lie in two joined blocks."""
+    i, j = index(shape, 0), index(shape, 1)
+    if shape[1] == TILE:
+        i = lax.rem(i, jnp.int32(TILE))
+    block, pair = jnp.int32(size), jnp.int32(2 * size)
+    same = jnp.where(lax.div(i, pair) == lax.div(j, pair), 1, 0)
+    return same * jnp.where(lax.div(i, block) == lax.div(j, block), 0, 1)
+
+
+def spanned(shape, size):
+    """[t,i] of ones: in an odd block of `size` i from t on, in an even block i before t: what meets across token t.
+
+    A contribution of row i at this level belongs to a pair of tokens on either side of the boundary next to its block.
+    """
+    t, i = index(shape, 0), index(shape, 1)
+    upper = lax.rem(lax.div(t, jnp.int32(size)), jnp.int32(2)) == 1
+    if shape[1] == TILE:
+        t = lax.rem(t, jnp.int32(TILE))
+    same = jnp.where(lax.div(t, jnp.int32(size)) == lax.div(i, jnp.int32(size)), 1.0, 0.0)
+    return same * jnp.where(upper, jnp.where(i >= t, 1.0, 0.0), jnp.where(i < t, 1.0, 0.0))

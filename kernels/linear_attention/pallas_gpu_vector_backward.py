@@ -1,0 +1,339 @@
+"""Gradients for one decay per token and channel on Hopper GPUs, in two kernels: Pallas Mosaic GPU.
+
+`carry` walks the chunks from the end with D [K,V], the gradient of the state, on chip; it makes the gradient of the
+values and leaves D behind each chunk in memory. With the states before each chunk, which the forward kernel leaves,
+the gradients of queries, keys and gates then need nothing from other chunks: `within` makes them, one block of threads
+a chunk and half of the key channels, all side by side.
+
+The gradient of a token's log decay is the sum over all pairs of tokens on either side of it (query from it on, key
+before it) of their share of the output's gradient. It is summed as just that, level by level of the halving, and not as
+a difference of two long sums, whose rounding would drown it.
+
+Letters: B batch, T tokens, H heads, K key channels, V value channels, N spans, C tokens of a chunk.
+"""
+
+import math
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from linscale.kernels.linear_attention import pallas_gpu_rows as rows
+from linscale.kernels.linear_attention.pallas_gpu_gates import (
+    SHARED,
+    SLICE,
+    TILE,
+    constant,
+    crossing,
+    index,
+    products,
+    spanned,
+    tied_key,
+    tiles,
+)
+from linscale.kernels.linear_attention.pallas_gpu_scalar import (
+    BF,
+    F32,
+    PARAMS,
+    ROWS,
+    C,
+    Walk,
+    along_columns,
+    along_rows,
+    call,
+    load,
+    load_global,
+    ring,
+)
+from linscale.kernels.linear_attention.pallas_gpu_scalar import tiles as wide_tiles
+
+
+def carry(q, k, do, log_decay, scores, after, *, spans=1, stages=2):
+    """dv [B,T,H,V], the gradient of the state after each chunk [B,chunks,H,K,V] bfloat16 and of the state before each
+    span [B,N,H,K,V] float32.
+
+    k may be None: 1 - exp(log_decay). scores [B,chunks,H,C,C] from the forward kernel; after [B,N,H,K,V] or None: the
+    gradient of the state after each span. Each computing warpgroup weights half of the key channels and owns half of
+    the value channels.
+    """
+    B, T, H, K = q.shape
+    V = do.shape[-1]
+    half = V // 2
+    walk = Walk(T, spans)
+    tied, end_state = k is None, after is not None
+    g_type = log_decay.dtype
+    per_stage = C * (K * (2 if tied else 4) + 2 * V + K * jnp.dtype(g_type).itemsize) + 2 * C * C
+    fixed = 2 * C * K * tied + 2 * K * V + 2 * C * V + K * 16 + 2 * 4 * SLICE * 4
+    stages = max(1, min(stages, walk.chunks, (SHARED - fixed) // per_stage))
+
+    def body(*refs):
+        refs = list(refs)
+        q_g = refs.pop(0)
+        k_g = None if tied else refs.pop(0)
+        do_g, g_g, scores_g = (refs.pop(0) for _ in range(3))
+        after_g = refs.pop(0) if end_state else None
+        dv_g, states_g, before_g, q_s, k_s, do_s, g_s, p_s, d_s, dv_s, whole_s, total_s, full, empty, ready, free = refs
+        b, span, h, wg = (lax.axis_index(a) for a in ("b", "n", "h", "wg"))
+
+        def weigh(slot):
+            for part in range(K // 2 // SLICE):
+                mine = pl.ds(wg * (K // 2) + part * SLICE, SLICE)
+                keys = (k_s if tied else k_s.at[slot]).at[:, mine]
+                queries = q_s.at[slot, :, mine]
+                g = load(g_s.at[slot, :, mine]).astype(F32)
+                a = jnp.exp(g)
+                k = tied_key(g, a) if tied else load(keys).astype(F32)
+                to_token, after_token, whole = products(a, whole_s.at[wg])
+                queries[...] = (load(queries).astype(F32) * to_token).astype(BF)
+                keys[...] = (k * after_token).astype(BF)
+                rows.put_tile_rows(whole, total_s.at[:, mine])
+                plgpu.commit_smem()  # before the next part writes whole_s
+
+        @pl.when(wg < 2)
+        def _compute():
+            plgpu.set_max_registers(232, action="increase")
+            values = pl.ds(wg * half, half)
+            if end_state:
+                D = load_global(after_g.at[b, span, h, :, values])
+            else:
+                D = constant(0.0, (K, half))
+            d_s.at[wg][...] = D.astype(BF)
+            plgpu.commit_smem()
+            plgpu.barrier_arrive(free)
+
+            def chunk(t, D):
+                slot = lax.rem(t, jnp.int32(stages))
+                n = span * walk.chunks + walk.chunks - 1 - t
+                plgpu.copy_smem_to_gmem(d_s.at[wg], states_g.at[b, n, h, :, values])
+                plgpu.barrier_wait(full.at[slot])
+                plgpu.barrier_wait(free)  # the other has read what is now written over
+                weigh(slot)
+                plgpu.barrier_arrive(ready)
+                plgpu.barrier_wait(ready)
+                D = D * along_rows(total_s.at[0], (K, half))
+
+                def update(refs):
+                    acc, dacc = refs
+                    plgpu.wgmma(acc, p_s.at[slot].transpose((1, 0)), do_s.at[slot, wg])
+                    plgpu.wgmma(acc, k_s if tied else k_s.at[slot], d_s.at[wg])
+                    plgpu.wgmma(dacc, q_s.at[slot].transpose((1, 0)), do_s.at[slot, wg])
+
+                zero = constant(0.0, (C, half))
+                dv, D = pl.run_state(update)((plgpu.ACC.init(zero), plgpu.ACC.init(D)))
+                plgpu.barrier_arrive(empty.at[slot])
+                plgpu.barrier_arrive(free)
+                plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+                dv_s.at[wg][...] = dv.astype(BF)
+                d_s.at[wg][...] = D.astype(BF)
+                plgpu.commit_smem()
+                plgpu.copy_smem_to_gmem(dv_s.at[wg], dv_g.at[b, pl.ds(n * C, C), h, values])
+                return D
+
+            D = lax.fori_loop(0, walk.chunks, chunk, D)
+            before_g.at[b, span, h, :, values][...] = D
+            plgpu.barrier_wait(free)
+            plgpu.wait_smem_to_gmem(0)
+
+        @pl.when(wg == 2)
+        def _producer():
+            def fetch(t, slot):
+                start = walk.start(span, t, reverse=True)
+                at = pl.ds(start, C)
+                for source, target in ((g_g, g_s), (q_g, q_s), *([] if tied else [(k_g, k_s)])):
+                    plgpu.copy_gmem_to_smem(source.at[b, at, h], target.at[slot], full.at[slot])
+                for w in range(2):
+                    source = do_g.at[b, at, h, pl.ds(w * half, half)]
+                    plgpu.copy_gmem_to_smem(source, do_s.at[slot, w], full.at[slot])
+                plgpu.copy_gmem_to_smem(scores_g.at[b, start // C, h], p_s.at[slot], full.at[slot])
+
+            ring(fetch, walk.chunks, stages, empty)
+
+    low = {"transforms": tiles()}
+    scratch = [
+        plgpu.SMEM((stages, C, K), BF, **low),
+        plgpu.SMEM((C, K) if tied else (stages, C, K), BF, **low),
+        plgpu.SMEM((stages, 2, C, half), BF, **low),
+        plgpu.SMEM((stages, C, K), g_type, transforms=tiles(g_type)),
+        plgpu.SMEM((stages, C, C), BF, **low),
+        plgpu.SMEM((2, K, half), BF, **low),
+        plgpu.SMEM((2, C, half), BF, **low),
+        plgpu.SMEM((2, 4, SLICE), F32),
+        plgpu.SMEM((4, K), F32),
+        plgpu.Barrier(num_arrivals=5 if tied else 6, num_barriers=stages),
+        plgpu.Barrier(num_arrivals=2, num_barriers=stages),
+        plgpu.Barrier(num_arrivals=2),
+        plgpu.Barrier(num_arrivals=2),
+    ]
+    out_type = [
+        jax.ShapeDtypeStruct(do.shape, BF),
+        jax.ShapeDtypeStruct((B, spans * walk.chunks, H, K, V), BF),
+        jax.ShapeDtypeStruct((B, spans, H, K, V), F32),
+    ]
+    inputs = [x for x in (q, k, do, log_decay, scores, after) if x is not None]
+    return call(body, "linear_attention_vector_carry", out_type, scratch, (B, spans, H))(*inputs)
+
+
+def within(q, k, v, do, log_decay, states, grads):
+    """dq, dk (None if k is) [B,T,H,K] and the gradient of log_decay, in its dtype.
+
+    states, grads [B,chunks,H,K,V]: the state before and its gradient after each chunk. With k None the gradient of
+    log_decay includes the way through the key.
+    """
+    B, T, H, K = q.shape
+    V = v.shape[-1]
+    part = min(64, K)  # key channels of a block: two blocks fit a multiprocessor
+    chunks, tied, g_type = math.ceil(T / C), k is None, log_decay.dtype
+
+    def body(*refs):
+        refs = list(refs)
+        q_g = refs.pop(0)
+        k_g = None if tied else refs.pop(0)
+        v_g, do_g, g_g, states_g, grads_g, dq_g, dg_g = (refs.pop(0) for _ in range(7))
+        dk_g = None if tied else refs.pop(0)
+        q_s, g_s, v_s, do_s, states_s, grads_s, sym_s, reads_s, whole_s, through_s, *refs = refs
+        k_s = None if tied else refs.pop(0)
+        writes_s = g_s if g_type == BF else refs.pop(0)
+        pairs_in, gates_in, states_in = refs
+        b, n, h, piece = (lax.axis_index(a) for a in ("b", "n", "h", "k"))
+        at, channels = pl.ds(n * C, C), pl.ds(piece * part, part)
+        for source, target in ((v_g, v_s), (do_g, do_s)):
+            plgpu.copy_gmem_to_smem(source.at[b, at, h], target, pairs_in)
+        for source, target in ((g_g, g_s), (q_g, q_s), *([] if tied else [(k_g, k_s)])):
+            plgpu.copy_gmem_to_smem(source.at[b, at, h, channels], target, gates_in)
+        for source, target in ((states_g, states_s), (grads_g, grads_s)):
+            plgpu.copy_gmem_to_smem(source.at[b, n, h, channels], target, states_in)
+
+        # What each pair of tokens contributes to the gradient of its score, do v^T, for query below key and mirrored.
+        plgpu.barrier_wait(pairs_in)
+
+        def meet(forth, back):
+            plgpu.wgmma(forth, do_s, v_s.transpose((1, 0)))
+            plgpu.wgmma(back, v_s, do_s.transpose((1, 0)))
+            return forth[...], back[...]
+
+        forth, back = pl.run_scoped(meet, plgpu.ACC((C, C), F32), plgpu.ACC((C, C), F32))
+        i, j = index((C, C), 0), index((C, C), 1)
+        same_token = jnp.sum(jnp.where(i == j, forth, 0.0), axis=1)
+        same_token = plgpu.layout_cast(lax.broadcast_in_dim(same_token, (C, SLICE), (0,)), ROWS)
+        mirrored = jnp.where(i > j, forth, back)
+        for level in range(2):
+            sym_s.at[level][...] = jnp.where(crossing((C, C), TILE << level) == 1, mirrored, 0.0).astype(BF)
+        tile = rows.diagonal_tiles(mirrored)
+        plgpu.barrier_wait(states_in)
+        through = constant(0.0, (part, V // 2))
+        for side in range(2):
+            columns = pl.ds(side * (V // 2), V // 2)
+            through += load(states_s.at[:, columns]).astype(F32) * load(grads_s.at[:, columns]).astype(F32)
+        through_s[...] = jnp.sum(through, axis=1)
+        plgpu.barrier_wait(gates_in)
+        plgpu.commit_smem()
+
+        zero = constant(0.0, (C, SLICE))
+        results = []
+        for s in range(part // SLICE):
+            mine = pl.ds(s * SLICE, SLICE)
+            g = load(g_s.at[:, mine]).astype(F32)
+            a = jnp.exp(g)
+            q = load(q_s.at[:, mine]).astype(F32)
+            k = tied_key(g, a) if tied else load(k_s.at[:, mine]).astype(F32)
+            sums = {"q": k * same_token, "k": q * same_token, "g": zero}
+
+            def learn(level, size, to_token, after_token, mine=mine, q=q, k=k, sums=sums):
+                x = rows.pick(size, q * to_token, k if after_token is None else k * after_token)
+                if size < TILE:
+                    pairs = jnp.where(crossing((C, TILE), size) == 1, tile, 0.0).astype(BF)
+                    dx = rows.tile_apply(zero, pairs, x.astype(BF))
+                else:
+                    x_s = (q_s if size == TILE else reads_s).at[:, mine]
+                    x_s[...] = x.astype(BF)
+                    plgpu.commit_smem()
+
+                    def apply(acc):
+                        plgpu.wgmma(acc, sym_s.at[0 if size == TILE else 1], x_s)
+                        return acc[...]
+
+                    dx = pl.run_scoped(apply, plgpu.ACC((C, SLICE), F32))
+                sums["q"] = rows.pick(size, sums["q"] + dx * to_token, sums["q"])
+                sums["k"] = rows.pick(size, sums["k"], sums["k"] + (dx if after_token is None else dx * after_token))
+                met = x * dx
+                if size == 1:
+                    sums["g"] = rows.pick(size, met, zero)
+                elif size <= TILE:
+                    sums["g"] = rows.tile_apply(sums["g"], spanned((C, TILE), size).astype(BF), met.astype(BF))
+                else:
+                    q_s.at[:, mine][...] = met.astype(BF)
+
+            to_token, after_token, whole = products(a, whole_s, learn)
+
+            def outside(reads, writes, mine=mine):
+                plgpu.wgmma(reads, do_s, states_s.at[mine].transpose((1, 0)))
+                plgpu.wgmma(writes, v_s, grads_s.at[mine].transpose((1, 0)))
+                return reads[...], writes[...]
+
+            reads, writes = pl.run_scoped(outside, plgpu.ACC((C, SLICE), F32), plgpu.ACC((C, SLICE), F32))
+            reads, writes = reads * to_token, writes * after_token
+            plgpu.commit_smem()  # all warps have read what is now written over
+            reads_s.at[:, mine][...] = (q * reads).astype(BF)
+            writes_s.at[:, mine][...] = (k * writes).astype(BF)
+            dq, dk = sums["q"] + reads, sums["k"] + writes
+            dg = sums["g"] + whole * along_columns(through_s.at[mine], (C, SLICE))
+            results.append((dq.astype(BF), dg - a * dk if tied else dg, None if tied else dk.astype(BF)))
+        plgpu.commit_smem()
+
+        above, below = index((C, C), 1) >= index((C, C), 0), index((C, C), 1) < index((C, C), 0)
+        joined = spanned((C, C), 2 * TILE).astype(BF)
+        above, below = (jnp.where(x, 1.0, 0.0).astype(BF) for x in (above, below))
+
+        def gather(refs):
+            for s, acc in enumerate(refs):
+                mine = pl.ds(s * SLICE, SLICE)
+                plgpu.wgmma(acc, joined, q_s.at[:, mine])
+                plgpu.wgmma(acc, above, reads_s.at[:, mine])
+                plgpu.wgmma(acc, below, writes_s.at[:, mine])
+
+        gathered = pl.run_state(gather)(tuple(plgpu.ACC.init(r[1]) for r in results))
+        plgpu.commit_smem()  # all warps have read what is now written over
+        for s, dg in enumerate(gathered):
+            mine = pl.ds(s * SLICE, SLICE)
+            q_s.at[:, mine][...] = results[s][0]
+            g_s.at[:, mine][...] = dg.astype(g_type)
+            if not tied:
+                k_s.at[:, mine][...] = results[s][2]
+        plgpu.commit_smem()
+        for source, target in ((q_s, dq_g), (g_s, dg_g), *([] if tied else [(k_s, dk_g)])):
+            plgpu.copy_smem_to_gmem(source, target.at[b, at, h, channels])
+        plgpu.wait_smem_to_gmem(0)
+
+    low = {"transforms": tiles()}
+    scratch = [
+        plgpu.SMEM((C, part), BF, **low),
+        plgpu.SMEM((C, part), g_type, transforms=tiles(g_type)),
+        plgpu.SMEM((C, V), BF, transforms=wide_tiles(V)),
+        plgpu.SMEM((C, V), BF, transforms=wide_tiles(V)),
+        plgpu.SMEM((part, V), BF, transforms=wide_tiles(V)),
+        plgpu.SMEM((part, V), BF, transforms=wide_tiles(V)),
+        plgpu.SMEM((2, C, C), BF, **low),
+        plgpu.SMEM((C, part), BF, **low),
+        plgpu.SMEM((4, SLICE), F32),
+        plgpu.SMEM((part,), F32),
+        *[plgpu.SMEM((C, part), BF, **low)] * ((not tied) + (g_type != BF)),
+        plgpu.Barrier(num_arrivals=2),
+        plgpu.Barrier(num_arrivals=2 if tied else 3),
+        plgpu.Barrier(num_arrivals=2),
+    ]
+    out_type = [jax.ShapeDtypeStruct(q.shape, BF), jax.ShapeDtypeStruct(q.shape, g_type)]
+    if not tied:
+        out_type.append(jax.ShapeDtypeStruct(q.shape, BF))
+    body.__name__ = "linear_attention_vector_within"
+    kernel = plgpu.kernel(
+        body,
+        out_type=out_type,
+        scratch_types=scratch,
+        grid=(B, chunks, H, K // part),
+        grid_names=("b", "n", "h", "k"),
+        compiler_params=plgpu.CompilerParams(**PARAMS),
+    )
+    dq, dg, *dk = kernel(*(x for x in (q, k, v, do, log_decay, states, grads) if x is not None))
+    return dq, None if tied else dk[0], dg
