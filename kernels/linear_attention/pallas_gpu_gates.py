@@ -37,15 +37,15 @@ def tied_key(g, a):
     return jnp.where(g > -0.02, -g * (1.0 + g * (0.5 + g * (1.0 / 6.0))), 1.0 - a)
 
 
-def products(a, whole_s, visit=None):
-    """Products of the gates a [C,SLICE]: first token of the chunk to each, behind each to the last, and of all.
+def products(to_token, after_token, whole, whole_s, visit=None):
+    """Multiplies in the gates of a chunk [C,SLICE]; each array comes with what its own token contributes (float32).
 
-    Before each of the six halvings' blocks of `size` tokens are joined, visit(level, size, to_token, after_token)
-    sees the products inside the blocks (after_token None: ones). whole_s [4,SLICE]
-    is shared memory for the exchange between warps.
+    to_token: gains the gates of all tokens before in the chunk. after_token: those of all tokens behind. whole: the
+    product of all. Before each of the six times that neighbouring blocks of `size` tokens are joined,
+    visit(level, size, to_token, after_token) sees the products inside the blocks. whole_s [4,SLICE] is shared memory
+    for the exchange between warps, this call's own until the warps have met again.
     """
-    one = constant(1.0, a.shape)
-    to_token, after_token, whole, size = a, None, a, 1
+    size = 1
     for level in range(LEVELS):
         if visit is not None:
             visit(level, size, to_token, after_token)
@@ -58,10 +58,7 @@ def products(a, whole_s, visit=None):
         else:
             partner = rows.get_tile_rows(whole_s, 2, SLICE) * rows.get_tile_rows(whole_s, 3, SLICE)
         to_token = rows.pick(size, to_token * partner, to_token)
-        if after_token is None:
-            after_token = rows.pick(size, one, partner)
-        else:
-            after_token = rows.pick(size, after_token, after_token * partner)
+        after_token = rows.pick(size, after_token, after_token * partner)
         whole = whole * partner
         size *= 2
     return to_token, after_token, whole

@@ -98,7 +98,9 @@ def tile_apply(total, a, x):
         results = []
         for (first, last), sums in zip(words(x), total.registers.reshape(-1, 2)):
             rhs = [
-                llvm.inline_asm(i32, [w], "movmatrix.sync.aligned.m8n8.trans.b16 $0, $1;", "=r,r", has_side_effects=False)
+                llvm.inline_asm(
+                    i32, [w], "movmatrix.sync.aligned.m8n8.trans.b16 $0, $1;", "=r,r", has_side_effects=False
+                )
                 for w in (first, last)
             ]
             sums = [vector.extract(r, [], [i]) for r in sums for i in range(2)]

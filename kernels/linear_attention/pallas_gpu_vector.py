@@ -42,10 +42,18 @@ def forward(q, k, v, log_decay, initial, *, spans=1, save=False, stages=2):
     half = V // 2
     walk = Walk(T, spans)
     start_state = initial is not None
-    tied = k is None
+    tied, parts = k is None, K // 2 // SLICE
     g_type = log_decay.dtype
     per_stage = C * (K * (2 if tied else 4) + 2 * V + K * jnp.dtype(g_type).itemsize)
-    fixed = 2 * C * K * (3 if tied else 2) + 2 * K * V + 2 * C * V + 2 * C * TILE * 4 + K * 4 + 2 * 4 * SLICE * 4 + 2 * C * C * save
+    fixed = (
+        2 * C * K * (3 if tied else 2)
+        + 2 * K * V
+        + 2 * C * V
+        + 2 * C * TILE * 4
+        + K * 4
+        + 2 * 4 * SLICE * 4
+        + 2 * C * C * save
+    )
     stages = max(1, min(stages, walk.chunks, (SHARED - fixed) // per_stage))
 
     def body(*refs):
@@ -62,7 +70,7 @@ def forward(q, k, v, log_decay, initial, *, spans=1, save=False, stages=2):
         def weigh(slot, wg):
             """Weights this warpgroup's channels; returns its share of the scores inside tiles of 16, [64,16]."""
             levels = [plgpu.layout_cast(jnp.zeros((C, TILE), F32), ROWS) for _ in range(5)]
-            for part in range(K // 2 // SLICE):
+            for part in range(parts):
                 mine = pl.ds(wg * (K // 2) + part * SLICE, SLICE)
                 keys = k_s if tied else k_s.at[slot]
                 g = load(g_s.at[slot, :, mine]).astype(F32)
@@ -71,20 +79,17 @@ def forward(q, k, v, log_decay, initial, *, spans=1, save=False, stages=2):
                 k = tied_key(g, a) if tied else load(keys.at[:, mine]).astype(F32)
                 levels[0] = rows.tile_products(levels[0], q.astype(BF), k.astype(BF))
 
-                def weighted(level, size, to_token, after_token, q=q, k=k, mine=mine):
-                    key = k if after_token is None else k * after_token
-                    x = rows.pick(size, q * to_token, key).astype(BF)
+                def weighted(level, size, query, key, mine=mine):
+                    x = rows.pick(size, query, key).astype(BF)
                     if size < TILE:
                         levels[1 + level] = rows.tile_products(levels[1 + level], x, x)
                     else:
                         (x16_s if size == TILE else x32_s).at[:, mine][...] = x
 
-                to_token, after_token, whole = products(a, whole_s.at[wg], weighted)
-                q_s.at[slot, :, mine][...] = (q * to_token).astype(BF)
-                keys.at[:, mine][...] = (k * after_token).astype(BF)
-                total_s_rows = total_s.at[:, mine]
-                rows.put_tile_rows(whole, total_s_rows)
-                plgpu.commit_smem()  # before the next part writes whole_s
+                query, key, whole = products(q * a, k, a, whole_s.at[wg, part], weighted)
+                q_s.at[slot, :, mine][...] = query.astype(BF)
+                keys.at[:, mine][...] = key.astype(BF)
+                rows.put_tile_rows(whole, total_s.at[:, mine])
             i, j = lax.rem(index((C, TILE), 0), jnp.int32(TILE)), index((C, TILE), 1)
             tile = jnp.where(i == j, levels[0], 0.0)
             for level in range(4):
@@ -192,7 +197,7 @@ def forward(q, k, v, log_decay, initial, *, spans=1, save=False, stages=2):
         plgpu.SMEM((2, K, half), BF, **low),
         plgpu.SMEM((2, C, half), BF, **low),
         plgpu.SMEM((2, C, TILE), F32, transforms=(plgpu.TilingTransform((8, TILE)), plgpu.SwizzleTransform(64))),
-        plgpu.SMEM((2, 4, SLICE), F32),
+        plgpu.SMEM((2, parts, 4, SLICE), F32),
         plgpu.SMEM((4, K), F32),
         plgpu.Barrier(num_arrivals=4 if tied else 5, num_barriers=stages),
         plgpu.Barrier(num_arrivals=2, num_barriers=stages),

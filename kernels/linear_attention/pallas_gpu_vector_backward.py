@@ -62,7 +62,7 @@ def carry(q, k, do, log_decay, scores, after, *, spans=1, stages=2):
     V = do.shape[-1]
     half = V // 2
     walk = Walk(T, spans)
-    tied, end_state = k is None, after is not None
+    tied, end_state, parts = k is None, after is not None, K // 2 // SLICE
     g_type = log_decay.dtype
     per_stage = C * (K * (2 if tied else 4) + 2 * V + K * jnp.dtype(g_type).itemsize) + 2 * C * C
     fixed = 2 * C * K * tied + 2 * K * V + 2 * C * V + K * 16 + 2 * 4 * SLICE * 4
@@ -78,18 +78,18 @@ def carry(q, k, do, log_decay, scores, after, *, spans=1, stages=2):
         b, span, h, wg = (lax.axis_index(a) for a in ("b", "n", "h", "wg"))
 
         def weigh(slot):
-            for part in range(K // 2 // SLICE):
+            for part in range(parts):
                 mine = pl.ds(wg * (K // 2) + part * SLICE, SLICE)
                 keys = (k_s if tied else k_s.at[slot]).at[:, mine]
                 queries = q_s.at[slot, :, mine]
                 g = load(g_s.at[slot, :, mine]).astype(F32)
                 a = jnp.exp(g)
                 k = tied_key(g, a) if tied else load(keys).astype(F32)
-                to_token, after_token, whole = products(a, whole_s.at[wg])
-                queries[...] = (load(queries).astype(F32) * to_token).astype(BF)
-                keys[...] = (k * after_token).astype(BF)
+                query, key, whole = products(load(queries).astype(F32) * a, k, a, whole_s.at[wg, part])
+                queries[...] = query.astype(BF)
+                keys[...] = key.astype(BF)
                 rows.put_tile_rows(whole, total_s.at[:, mine])
-                plgpu.commit_smem()  # before the next part writes whole_s
+            plgpu.commit_smem()
 
         @pl.when(wg < 2)
         def _compute():
@@ -159,7 +159,7 @@ def carry(q, k, do, log_decay, scores, after, *, spans=1, stages=2):
         plgpu.SMEM((stages, C, C), BF, **low),
         plgpu.SMEM((2, K, half), BF, **low),
         plgpu.SMEM((2, C, half), BF, **low),
-        plgpu.SMEM((2, 4, SLICE), F32),
+        plgpu.SMEM((2, parts, 4, SLICE), F32),
         plgpu.SMEM((4, K), F32),
         plgpu.Barrier(num_arrivals=5 if tied else 6, num_barriers=stages),
         plgpu.Barrier(num_arrivals=2, num_barriers=stages),
@@ -230,7 +230,7 @@ def within(q, k, v, do, log_decay, states, grads):
         plgpu.barrier_wait(gates_in)
         plgpu.commit_smem()
 
-        zero = constant(0.0, (C, SLICE))
+        zero, one = (constant(x, (C, SLICE)) for x in (0.0, 1.0))
         results = []
         for s in range(part // SLICE):
             mine = pl.ds(s * SLICE, SLICE)
@@ -241,7 +241,7 @@ def within(q, k, v, do, log_decay, states, grads):
             sums = {"q": k * same_token, "k": q * same_token, "g": zero}
 
             def learn(level, size, to_token, after_token, mine=mine, q=q, k=k, sums=sums):
-                x = rows.pick(size, q * to_token, k if after_token is None else k * after_token)
+                x = rows.pick(size, q * to_token, k * after_token)
                 if size < TILE:
                     pairs = jnp.where(crossing((C, TILE), size) == 1, tile, 0.0).astype(BF)
                     dx = rows.tile_apply(zero, pairs, x.astype(BF))
@@ -256,7 +256,7 @@ def within(q, k, v, do, log_decay, states, grads):
 
                     dx = pl.run_scoped(apply, plgpu.ACC((C, SLICE), F32))
                 sums["q"] = rows.pick(size, sums["q"] + dx * to_token, sums["q"])
-                sums["k"] = rows.pick(size, sums["k"], sums["k"] + (dx if after_token is None else dx * after_token))
+                sums["k"] = rows.pick(size, sums["k"], sums["k"] + dx * after_token)
                 met = x * dx
                 if size == 1:
                     sums["g"] = rows.pick(size, met, zero)
@@ -265,7 +265,7 @@ def within(q, k, v, do, log_decay, states, grads):
                 else:
                     q_s.at[:, mine][...] = met.astype(BF)
 
-            to_token, after_token, whole = products(a, whole_s, learn)
+            to_token, after_token, whole = products(a, one, a, whole_s, learn)
 
             def outside(reads, writes, mine=mine):
                 plgpu.wgmma(reads, do_s, states_s.at[mine].transpose((1, 0)))
