@@ -95,10 +95,7 @@ def carry(q, k, do, log_decay, scores, after, *, spans=1, stages=2):
         def _compute():
             plgpu.set_max_registers(232, action="increase")
             values = pl.ds(wg * half, half)
-            if end_state:
-                D = load_global(after_g.at[b, span, h, :, values])
-            else:
-                D = constant(0.0, (K, half))
+            D = load_global(after_g.at[b, span, h, :, values]) if end_state else constant(0.0, (K, half))
             d_s.at[wg][...] = D.astype(BF)
             plgpu.commit_smem()
             plgpu.barrier_arrive(free)
