@@ -94,7 +94,8 @@ def short(number: float) -> str:
 
 
 # Named here, so that --help needs no jax; fit_forms has the same, and a test compares.
-FORMS = ("chinchilla", "chinchilla-no-e", "kaplan", "data-constrained", "isoflop")
+FORMS = ("chinchilla", "chinchilla-no-e", "chinchilla-tied", "kaplan", "data-constrained", "isoflop")
+KINDS = ("huber", "lsq", "lsq-unlogged", "huber-scale")
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
@@ -127,7 +128,7 @@ def add_form_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--loss", metavar="COLUMN", help="of the final loss, nats per token; envelope: heldout, train")
     parser.add_argument("--flops", metavar="COLUMN", help="of the compute in FLOPs")
     parser.add_argument("--unique", metavar="COLUMN", help="of the unique tokens, for data-constrained")
-    parser.add_argument("--loss-kind", choices=("huber", "lsq", "huber-scale"), default="huber", help="(huber)")
+    parser.add_argument("--loss-kind", choices=KINDS, default="huber", help="what is minimised (huber)")
     parser.add_argument("--delta", type=float, default=1e-3, help="of the Huber loss, in log loss (1e-3)")
     parser.add_argument("--reduction", choices=("sum", "mean"), default="sum", help="of the printed objective (sum)")
     parser.add_argument("--drop-worst", type=int, default=0, metavar="K", help="leave out the K runs of highest loss")

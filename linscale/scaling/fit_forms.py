@@ -16,6 +16,7 @@ from linscale.scaling.minimise import Loss
 KIND_NAMES = {
     "huber": "Huber loss of log L, delta {delta:g}, {reduction} over runs",
     "lsq": "least squares of log L, {reduction} over runs",
+    "lsq-unlogged": "least squares of L, {reduction} over runs",
     "huber-scale": "Huber likelihood of log L with a fitted scale, delta {delta:g} of the scale, {reduction} over runs",
 }
 
@@ -98,7 +99,9 @@ def _one(name: str, runs: parametric.Runs, loss: Loss, arguments, notes: list[st
         "coefficients": found.coefficients,
         "intervals": {key: list(map(_finite, pair)) for key, pair in found.intervals.items()},
         "objective": found.objective,
-        "loss": dataclasses.asdict(loss) if loss.kind != "lsq" else dataclasses.asdict(loss) | {"delta": None},
+        "loss": dataclasses.asdict(loss)
+        if not loss.kind.startswith("lsq")
+        else dataclasses.asdict(loss) | {"delta": None},
         "n_runs": len(runs),
     }
     if name:

@@ -2,6 +2,7 @@
 
 chinchilla        L = E + A / N^alpha + B / D^beta                     Hoffmann et al. 2022 (arXiv 2203.15556), eq. 2
 chinchilla-no-e   the same with E = 0
+chinchilla-tied   the same with beta = alpha                           Gadre et al. 2024 (arXiv 2403.08540), eq. 4
 kaplan            L = ((Nc / N)^(alpha_N / alpha_D) + Dc / D)^alpha_D  Kaplan et al. 2020 (arXiv 2001.08361), eq. 1.5
 data-constrained  L = E + A / N'^alpha + B / D'^beta                   Muennighoff et al. 2023 (arXiv 2305.16264), eq. 4-7
                   D' = U (1 + R_D* (1 - exp(-(D/U - 1) / R_D*))), U unique tokens; N' the same of U_N = min(N, the N
@@ -171,6 +172,28 @@ def _kaplan_starts(n, d, u, loss, per_axis):
     return np.array(out)
 
 
+# -- chinchilla with one exponent: theta has alpha per standard deviation of log N --
+
+
+def _tied_log(t, f):
+    _, _, sx, sy = f["frame"]
+    return _logsumexp((t[0] + 0 * f["x"], t[1] - t[3] * f["x"], t[2] - t[3] * sy / sx * f["y"]))
+
+
+def _untie(theta, at: Frame):
+    theta = np.asarray(theta, np.float64)
+    return np.concatenate([theta, theta[..., 3:] * at.sy / at.sx], -1)
+
+
+def _tied_back(values):
+    return values[..., :4]
+
+
+def _tied_starts(n, d, u, loss, per_axis):
+    grid = np.geomspace(0.05, 1.6, 3 * per_axis)
+    return np.array([_given_exponents(n, d, loss, alpha, alpha)[:4] for alpha in grid])
+
+
 # -- data-constrained --
 
 
@@ -246,6 +269,16 @@ FORMS = {
             _drop_e(_chinchilla_coefficients),
             _drop_e(_chinchilla_theta),
             lambda n, d, u, loss, per_axis: _chinchilla_starts(n, d, u, loss, per_axis, with_e=False),
+        ),
+        Form(
+            "chinchilla-tied",
+            "L = E + A / N^alpha + B / D^alpha",
+            CHINCHILLA[:-1],
+            lambda c, n, d, u=None: _chinchilla(np.concatenate([c, np.asarray(c)[..., 3:]], -1), n, d),
+            _tied_log,
+            lambda theta, at: _tied_back(_chinchilla_coefficients(_untie(theta, at), at)),
+            lambda c, at: _tied_back(_chinchilla_theta(np.concatenate([c, np.asarray(c)[..., 3:]], -1), at)),
+            _tied_starts,
         ),
         Form(
             "kaplan",

@@ -10,7 +10,10 @@ Here instead
   re-weighted least squares, which never fails to descend and is the damping;
 - delta falls in stages to its value, so that the kinks appear when the lane is already near;
 - a lane ends when its parameters, each of order one, no longer move. Multiplying the objective by a number multiplies
-  both sides of the equation above and changes nothing.
+  both sides of the equation above and changes nothing;
+- with the same weights for all, lanes that have ended a stage at one place (to SAME) have the same future: one of them
+  goes on and the others take its result. The smooth first stages have few minima, so that thousands of starts soon
+  become a handful.
 
 Float64 on the CPU inside a context; the rest of linscale keeps its float32. Lane s of S, run n, parameter p of P.
 """
@@ -26,11 +29,13 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-KINDS = ("huber", "lsq", "huber-scale")
-STAGES = 5  # delta times 3^4 ... 3^0
+KINDS = ("huber", "lsq", "lsq-unlogged", "huber-scale")
+STAGES = 5  # least squares, then delta times 3^3 ... 3^0
 LANES = 256  # in one call: its arrays stay in the cache
-ROUND = 24  # steps between two looks at which lanes have ended
-MAX_STEPS = 16 * ROUND
+ROUND = 8  # steps between two looks at which lanes have ended or met
+MAX_STEPS = 48 * ROUND
+SAME = 1e-3  # in standardised parameters
+SMALL = 7  # parameters, up to which the linear equations are written out
 TOLERANCE = 1e-8  # of a step, in standardised parameters
 LOOSE = 1e-2  # in the stages before the last
 
@@ -39,7 +44,7 @@ LOOSE = 1e-2  # in the stages before the last
 class Loss:
     """huber: delta in units of log loss. huber-scale: of log loss / s, s fitted by likelihood (each run exp(-rho) / s).
 
-    lsq: least squares of log loss, delta has no part.
+    lsq: least squares of log loss, lsq-unlogged: of the loss itself; delta has no part in either.
     """
 
     kind: str = "huber"
@@ -60,24 +65,31 @@ class Minima:
 
 
 def minimise(log_loss: Callable, theta_SP, data, target_N, weight_SN, lower_P, upper_P, loss: Loss) -> Minima:
-    """log_loss(theta_P, data) -> [N]; data a pytree of arrays. theta is kept inside [lower, upper]."""
+    """log_loss(theta_P, data) -> [N]; data a pytree of arrays. theta is kept inside [lower, upper], [P] or [S, P].
+
+    target_N is log loss whatever the kind. weight_SN with one row: the same for all starts.
+    """
     theta_SP = np.clip(np.asarray(theta_SP, np.float64), lower_P, upper_P)
     lanes = len(theta_SP)
+    alike = len(weight_SN) == 1 and np.ndim(lower_P) == np.ndim(upper_P) == 1
     weight_SN = np.broadcast_to(np.asarray(weight_SN, np.float64), (lanes, len(target_N)))
-    delta = np.inf if loss.kind == "lsq" else float(loss.delta)
+    lower_SP, upper_SP = (np.broadcast_to(np.asarray(b, np.float64), theta_SP.shape) for b in (lower_P, upper_P))
+    delta = np.inf if loss.kind.startswith("lsq") else float(loss.delta)
+    if loss.kind == "lsq-unlogged":
+        log_loss, target_N = _unlogged(log_loss), np.exp(target_N)
     with jax.enable_x64(True), jax.default_device(jax.devices("cpu")[0]):
-        shared = jax.tree.map(
-            lambda a: jnp.asarray(a, jnp.float64), (data, target_N, lower_P, upper_P, np.float64(delta))
-        )
+        shared = jax.tree.map(lambda a: jnp.asarray(a, jnp.float64), (data, target_N, np.float64(delta)))
         steps = functools.partial(_steps, log_loss, loss.kind == "huber-scale")
         state = _initial(theta_SP)
+        leader = np.arange(lanes)  # whose result a lane takes
         todo, taken, size = np.arange(lanes), 0, min(LANES, 1 << (max(lanes, 8) - 1).bit_length())
         with ThreadPoolExecutor(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 2) as pool:
 
             def chunk(of):
                 padded = np.resize(of, size)  # the last chunk repeats itself: one compiled program
+                own = weight_SN[padded], lower_SP[padded], upper_SP[padded]
                 with jax.enable_x64(True), jax.default_device(jax.devices("cpu")[0]):
-                    new = steps({k: v[padded] for k, v in state.items()}, weight_SN[padded], *shared)
+                    new = steps({k: v[padded] for k, v in state.items()}, *own, *shared)
                     return of, {k: np.asarray(v)[: len(of)] for k, v in new.items()}
 
             while len(todo) and taken < MAX_STEPS:
@@ -89,7 +101,28 @@ def minimise(log_loss: Callable, theta_SP, data, target_N, weight_SN, lower_P, u
                         state[key][of] = value
                 taken += ROUND
                 todo = todo[~state["done"][todo]]
+                if alike:
+                    todo = _merge(todo, state, leader)
+    while (leader[leader] != leader).any():
+        leader = leader[leader]
+    state = {key: value[leader] for key, value in state.items()}
     return Minima(state["theta"], state["value"], state["scale"], state["done"], state["steps"])
+
+
+@functools.cache
+def _unlogged(log_loss: Callable) -> Callable:
+    return lambda theta_P, data: jnp.exp(log_loss(theta_P, data))
+
+
+def _merge(todo, state, leader) -> np.ndarray:
+    """Those of `todo` that go on. The others have met one of them at the end of a stage, which becomes their leader."""
+    old = todo[state["stage"][todo] > 0]
+    if not len(old):
+        return todo
+    cell = np.column_stack([state["stage"][old], np.round(state["theta"][old] / SAME)])
+    _, first, of = np.unique(cell, axis=0, return_index=True, return_inverse=True)
+    leader[old] = old[first][of.ravel()]
+    return todo[leader[todo] == todo]
 
 
 def _initial(theta_SP) -> dict[str, np.ndarray]:
@@ -107,7 +140,7 @@ def _initial(theta_SP) -> dict[str, np.ndarray]:
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
-def _steps(log_loss, free_scale, state, weight_SN, data, target_N, lower_P, upper_P, delta):
+def _steps(log_loss, free_scale, state, weight_SN, lower_SP, upper_SP, data, target_N, delta):
     """Up to ROUND steps of every lane that has not ended."""
 
     def objective(theta_P, weight_N, delta_here, scale):
@@ -124,9 +157,9 @@ def _steps(log_loss, free_scale, state, weight_SN, data, target_N, lower_P, uppe
             value += weight_N.sum() * jnp.log(scale)
         return jnp.where(jnp.isfinite(value), value, jnp.inf), scale, u_N
 
-    def one(lane, weight_N):
+    def one(lane, weight_N, lower_P, upper_P):
         theta_P = lane["theta"]
-        delta_here = delta * 3.0 ** (STAGES - 1 - lane["stage"])
+        delta_here = jnp.where(lane["stage"] == 0, jnp.inf, delta * 3.0 ** (STAGES - 1 - lane["stage"]))
         value, scale, u_N = objective(theta_P, weight_N, delta_here, lane["scale"])
         eye = jnp.eye(len(theta_P))
         jacobian_PN = jax.vmap(lambda tangent: jax.jvp(lambda t: log_loss(t, data), (theta_P,), (tangent,))[1])(eye)
@@ -169,7 +202,7 @@ def _steps(log_loss, free_scale, state, weight_SN, data, target_N, lower_P, uppe
 
     def body(carry):
         count, lanes = carry
-        return count + 1, jax.vmap(one)(lanes, weight_SN)
+        return count + 1, jax.vmap(one)(lanes, weight_SN, lower_SP, upper_SP)
 
     return lax.while_loop(lambda c: (c[0] < ROUND) & ~c[1]["done"].all(), body, (0, state))[1]
 
@@ -189,8 +222,10 @@ def _scale(residual_N, weight_N, delta, scale):
 
 
 def _solve(matrix_PP, right_P):
-    """Cholesky without LAPACK: P is at most 7, and one call a lane would cost more than the rest of a step."""
+    """Cholesky without LAPACK for few parameters, where one call a lane would cost more than the rest of a step."""
     size = len(right_P)
+    if size > SMALL:
+        return jax.scipy.linalg.cho_solve((jnp.linalg.cholesky(matrix_PP), True), right_P)
     low = [[None] * size for _ in range(size)]
     for i in range(size):
         for j in range(i + 1):

@@ -111,7 +111,7 @@ def fit(
     Raises ConfigError for data that cannot be fitted at all; doubtful data get a sentence in Fit.warnings.
     """
     form = forms.FORMS[form] if isinstance(form, str) else form
-    _check(form, runs)
+    check(form, runs)
     at = forms.frame(runs.n, runs.d)
     data, target = forms.data(runs.n, runs.d, runs.unique, at), np.log(runs.loss)
     low, high = forms.bounds(form, at, target)
@@ -147,7 +147,7 @@ def fit(
     return dataclasses.replace(out, warnings=(*out.warnings, *_wide(out)))
 
 
-def _check(form: forms.Form, runs: Runs) -> None:
+def check(form: forms.Form, runs: Runs) -> None:
     if len(runs) < len(form.names):
         raise ConfigError(
             f"{len(runs)} runs cannot determine the {len(form.names)} coefficients of {form.name} "

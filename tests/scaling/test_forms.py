@@ -14,6 +14,7 @@ from linscale.scaling.minimise import KINDS, Loss, minimise
 PLANTED = {
     "chinchilla": (1.69, 406.4, 410.7, 0.34, 0.28),
     "chinchilla-no-e": (25.0, 30.0, 0.15, 0.14),
+    "chinchilla-tied": (1.69, 300.0, 600.0, 0.3),
     "kaplan": (6.4e13, 1.8e13, 0.076, 0.103),
     "data-constrained": (1.87, 521.0, 1488.0, 0.353, 0.353, 15.4, 5.3),
 }
@@ -52,10 +53,11 @@ def test_not_worse_than_scipy(kind):
     found = parametric.fit("chinchilla", runs, Loss(kind, delta), resamples=0)
 
     def objective(c):
-        r = np.log(runs.loss) - np.log(c[0] + np.exp(c[1]) * runs.n ** -c[3] + np.exp(c[2]) * runs.d ** -c[4])
+        law = c[0] + np.exp(c[1]) * runs.n ** -c[3] + np.exp(c[2]) * runs.d ** -c[4]
+        r = runs.loss - law if kind == "lsq-unlogged" else np.log(runs.loss) - np.log(law)
         s = np.exp(c[5]) if kind == "huber-scale" else 1.0
         u = np.abs(r / s)
-        rho = 0.5 * u**2 if kind == "lsq" else np.where(u <= delta, 0.5 * u**2, delta * (u - delta / 2))
+        rho = 0.5 * u**2 if kind.startswith("lsq") else np.where(u <= delta, 0.5 * u**2, delta * (u - delta / 2))
         return rho.sum() + len(r) * np.log(s)
 
     v = found.values
