@@ -56,6 +56,7 @@ setup(
             "tensorboard>=2.17",
             "jsonschema>=4.20",
             "kubernetes>=30",
+            "websocket-client>=1.7",  # drives Chromium, where one is installed, through the pages of reports
         ],
     },
     entry_points={"console_scripts": ["linscale=linscale.cli:main"]},

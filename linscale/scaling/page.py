@@ -1,9 +1,17 @@
-"""The HTML of a report: one file, no scripts, nothing loaded. Every text that comes from a file is escaped here."""
+"""The HTML of a report: one file that loads nothing. Every text that comes from a file is escaped here.
 
+Styles and the only script are page.css and page.js beside this file; the page's policy lets no other script run, and no
+request leave. Without the script the page is whole: it adds values under the pointer, sorting, and a choice of hardware.
+"""
+
+import base64
+import hashlib
 import html
+import json
 from collections.abc import Sequence
+from pathlib import Path
 
-from linscale.scaling.plots import COLOURS, NEUTRALS
+from linscale.scaling.drawing import COLOURS, NEUTRALS
 
 
 class Markup(str):
@@ -20,20 +28,47 @@ def element(name: str, *children, **attributes) -> Markup:
     return Markup(f"<{name}{listed}>{''.join(map(escape, children))}</{name}>")
 
 
-def table(head: Sequence, rows: Sequence[Sequence], words: int = 1) -> Markup:
-    """The first `words` columns are left-aligned words, the others numbers."""
+class Number(Markup):
+    """A cell that sorts by its value, whatever it shows."""
 
-    def cells(kind, row):
-        return [element(kind, cell, class_="word" if i < words else "number") for i, cell in enumerate(row)]
+    value: float
 
-    top = element("thead", element("tr", *cells("th", head)))
-    body = element("tbody", *(element("tr", *cells("td", row)) for row in rows))
-    return element("div", element("table", top, body), class_="scroll")
+    def __new__(cls, text, value: float):
+        cell = super().__new__(cls, escape(text))
+        cell.value = float(value)
+        return cell
 
 
-def figure(svg: str, caption) -> Markup:
-    """svg comes from plots.save; the caption may be Markup."""
-    return element("figure", Markup(svg), element("figcaption", caption))
+def table(head: Sequence, rows: Sequence[Sequence], words: int = 1, best: Sequence[tuple[int, int]] = ()) -> Markup:
+    """The first `words` columns are left-aligned words, the others numbers; cells of `best` (row, column) are strong."""
+
+    def cell(kind, value, i, strong=False):
+        classes = ("word" if i < words else "number") + (" best" if strong else "")
+        sort = {"data-value": repr(value.value)} if isinstance(value, Number) else {}
+        if kind == "th" and value:
+            value = element("button", value, type="button")
+        return element(kind, value, class_=classes, **sort)
+
+    top = element("tr", *(cell("th", value, i) for i, value in enumerate(head)))
+    body = [
+        element("tr", *(cell("td", value, i, (r, i) in best) for i, value in enumerate(row)))
+        for r, row in enumerate(rows)
+    ]
+    inner = element("table", element("thead", top), element("tbody", *body), class_="sortable")
+    return element("div", inner, class_="scroll", tabindex="0")
+
+
+def figure(drawn, caption) -> Markup:
+    """drawn comes from plots.save: an SVG element and its points. The caption may be Markup."""
+    return element("figure", Markup(drawn.svg), data({"points": drawn.points}), element("figcaption", caption))
+
+
+def data(content) -> Markup:
+    """JSON inside a page: no character of it can end the element or begin another. ValueError for NaN."""
+    text = json.dumps(content, allow_nan=False, separators=(",", ":"))
+    for character in "<>&\u2028\u2029":
+        text = text.replace(character, f"\\u{ord(character):04x}")
+    return Markup(f'<script type="application/json">{text}</script>')
 
 
 def chip(arch: str, label: str) -> Markup:
@@ -41,10 +76,11 @@ def chip(arch: str, label: str) -> Markup:
     return element("span", element("i", style=f"background:var(--{arch})"), label, class_="chip")
 
 
-def power(value: float, digits: int = 2) -> Markup:
+def power(value: float, digits: int = 2) -> Number:
     """1.26e14 -> 1.26 x 10^14 with a raised exponent."""
     mantissa, exponent = f"{value:.{digits}e}".split("e")
-    return Markup(f"{mantissa}&#8201;&times;&#8201;10{element('sup', minus(int(exponent)))}")
+    raised = element("sup", minus(int(exponent)))
+    return Number(Markup(f"{mantissa}&#8201;&times;&#8201;10{raised}"), value)
 
 
 def minus(value, digits: int | None = None) -> str:
@@ -55,12 +91,16 @@ def minus(value, digits: int | None = None) -> str:
 
 def page(title: str, body: Sequence[Markup]) -> str:
     """The whole document."""
+    script = Path(__file__).with_name("page.js").read_text(encoding="utf-8")
+    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+    policy = f"default-src 'none'; style-src 'unsafe-inline'; script-src 'sha256-{digest}'"
     return (
         "<!doctype html>\n"
         '<html lang="en"><head><meta charset="utf-8">'
+        f'<meta http-equiv="Content-Security-Policy" content="{escape(policy)}">'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
         f"<title>{escape(title)}</title><style>{_style()}</style></head>\n"
-        f"<body><main>\n{chr(10).join(body)}\n</main></body></html>\n"
+        f"<body><main>\n{chr(10).join(body)}\n</main><script>{script}</script></body></html>\n"
     )
 
 
@@ -72,47 +112,4 @@ def _style() -> str:
 --font:system-ui,-apple-system,"Segoe UI",Roboto,"Helvetica Neue",sans-serif}}
 @media (prefers-color-scheme:dark){{:root{{{dark};--page:#14181d;--card:#1c2229;--warn:#2d2716;--edge:#8a7330}}}}
 @media print{{:root{{color-scheme:light;{light};--page:#fff;--card:#f6f7f9;--warn:#fff6e0;--edge:#e0b64a}}}}
-{_RULES}"""
-
-
-_RULES = """
-*{box-sizing:border-box}
-body{margin:0;background:var(--page);color:var(--ink);font:16px/1.55 var(--font)}
-main{max-width:1180px;margin:0 auto;padding:48px 24px 80px}
-h1{font-size:2.1rem;line-height:1.2;letter-spacing:-.02em;margin:0 0 .6rem}
-h2{font-size:1.3rem;letter-spacing:-.01em;margin:3rem 0 .5rem;padding-top:1.2rem;border-top:1px solid var(--grid)}
-p{margin:.5rem 0;max-width:75ch}
-.lead{font-size:1.12rem;max-width:70ch}
-.muted,figcaption,small{color:var(--muted)}
-figcaption{font-size:.9rem;max-width:80ch;margin:.2rem 0 0}
-figure{margin:1rem 0}
-svg{display:block;width:100%;height:auto;font-family:var(--font)}
-svg *{stroke-linejoin:round}
-.pair{display:grid;grid-template-columns:repeat(auto-fit,minmax(min(430px,100%),1fr));gap:8px 32px}
-.cards{display:grid;grid-template-columns:repeat(auto-fit,minmax(210px,1fr));gap:14px;margin:1.6rem 0}
-.card{background:var(--card);border-radius:10px;padding:14px 18px;border-top:4px solid}
-.card b{display:block;font-size:1.3rem;font-weight:600;margin:.25rem 0;white-space:nowrap}
-.card small{display:block;line-height:1.5}
-.chip{white-space:nowrap;font-weight:600}
-.chip i{display:inline-block;width:.7em;height:.7em;border-radius:50%;margin-right:.5em}
-.scroll{overflow-x:auto;margin:1rem 0}
-table{border-collapse:collapse;width:100%;font-size:.88rem;font-variant-numeric:tabular-nums}
-th{color:var(--muted);font-weight:600;text-align:right;vertical-align:bottom;border-bottom:1.5px solid var(--muted)}
-th,td{padding:6px 8px}
-th:first-child,td:first-child{padding-left:0}
-td{border-bottom:1px solid var(--grid)}
-.number{text-align:right;white-space:nowrap}
-th.number{white-space:normal;line-height:1.3}
-.word{text-align:left;min-width:8.5em;overflow-wrap:anywhere}
-td small{display:block;font-size:.88em}
-a{color:inherit}
-.notes{background:var(--warn);border-left:4px solid var(--edge);border-radius:6px;padding:10px 18px;margin:1.4rem 0}
-.notes ul{margin:.3rem 0;padding-left:1.2rem}
-dt{font-weight:600;margin-top:.7rem}
-dd{margin:0;max-width:80ch}
-sup{line-height:0;font-size:.72em}
-@media print{main{max-width:none;padding:0}body{font-size:11pt}figure,.card,tr{break-inside:avoid}
-h2{break-after:avoid}.scroll{overflow:visible}table{font-size:7.5pt}th,td{padding:3px 4px}
-.pair{grid-template-columns:1fr 1fr}.cards{grid-template-columns:repeat(4,1fr);gap:8px}
-.card b{font-size:1.05rem}.card{padding:8px 12px;border:1px solid var(--grid);border-top:4px solid}}
-"""
+{Path(__file__).with_name("page.css").read_text(encoding="utf-8")}"""

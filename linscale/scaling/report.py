@@ -1,6 +1,6 @@
 """`linscale report`: what a ladder has shown, as one HTML page with its figures, PNG files, and the fit as JSON.
 
-FOLDER/report/index.html is self-contained: figures are inlined, nothing is loaded, no script runs.
+FOLDER/report/index.html is self-contained: figures are inlined and nothing is loaded.
 """
 
 import argparse
@@ -10,9 +10,10 @@ from pathlib import Path
 
 from linscale.config import Config, ConfigError
 from linscale.scaling import laws, paper, plots, runs
+from linscale.scaling.drawing import LABELS, Drawn, save
 from linscale.scaling.fit import COMPUTE_NAMES, LOSS_NAMES, add_options, as_json, as_text, chosen, short
 from linscale.scaling.flops import PF_DAY
-from linscale.scaling.page import Markup, chip, element, escape, figure, minus, page, power, table
+from linscale.scaling.page import Markup, Number, chip, element, escape, figure, minus, page, power, table
 
 DEFAULTS = laws.Options()
 NONE = "\N{EN DASH}"  # a cell without a value
@@ -44,7 +45,7 @@ def write(folder: Path, options: laws.Options = DEFAULTS, say=lambda text: None)
     target = folder / "report"
     try:
         target.mkdir(exist_ok=True)
-        for old in target.glob("*.png"):  # of architectures that are no longer there
+        for old in [*target.glob("*.png"), *target.glob("*.svg")]:  # of architectures that are no longer there
             old.unlink()
         figures = _figures(begun, fits, options, target)
         content = json.dumps(as_json(ladder, fits, notes, options), indent=1)
@@ -57,18 +58,18 @@ def write(folder: Path, options: laws.Options = DEFAULTS, say=lambda text: None)
 
 
 def _archs(begun: list[runs.Run]) -> list[str]:
-    return [arch for arch in plots.LABELS if any(run.arch == arch for run in begun)]
+    return [arch for arch in LABELS if any(run.arch == arch for run in begun)]
 
 
-def _figures(begun: list[runs.Run], fits: dict[str, laws.Fit], options: laws.Options, target: Path) -> dict[str, str]:
-    """SVG elements by name; the PNG of the same name lies in target."""
+def _figures(begun: list[runs.Run], fits: dict[str, laws.Fit], options: laws.Options, target: Path) -> dict[str, Drawn]:
+    """Figures for the page by name; PNG and SVG of the same name lie in target."""
     drawn = {"comparison": plots.comparison(fits, options)} if fits else {}
     for arch in _archs(begun):
         group = [run for run in begun if run.arch == arch]
         drawn[f"compute-{arch}"] = plots.against_compute(arch, group, fits.get(arch), options)
     drawn["parameters"] = plots.against_parameters([run for run in begun if run.finished] or begun)
     drawn["training"] = plots.training_curves(begun)
-    return {name: plots.save(drawing, name, target) for name, drawing in drawn.items()}
+    return {name: save(drawing, name, target) for name, drawing in drawn.items()}
 
 
 def _document(ladder, begun, fits, notes, figures, options) -> str:
@@ -119,7 +120,7 @@ def _count(number: int, noun: str) -> str:
 
 def _lead(begun: list[runs.Run]) -> Markup:
     """What was trained, on which data, when."""
-    names = ", ".join(plots.LABELS[arch] for arch in _archs(begun))
+    names = ", ".join(LABELS[arch] for arch in _archs(begun))
     sizes = [run.parameters.nonembedding for run in begun]
     tokens = [run.last.tokens[0] for run in begun]
     day = datetime.datetime.fromtimestamp(max(run.changed for run in begun))
@@ -175,7 +176,7 @@ def _cards(fits: dict[str, laws.Fit]) -> Markup:
         law = Markup(f"{fit.a:#.3g} <i>C</i>&#8201;<sup>{minus(fit.b, 4)}</sup>")
         span = f"b between {minus(fit.b_interval[0], 4)} and {minus(fit.b_interval[1], 4)} (95 %)"
         best = Markup(f"loss {fit.envelope[-1]:.4f} at C = {power(fit.compute[-1], 1)}")
-        children = chip(arch, plots.LABELS[arch]), element("b", law), element("small", span), element("small", best)
+        children = chip(arch, LABELS[arch]), element("b", law), element("small", span), element("small", best)
         cards.append(element("div", *children, class_="card", style=f"border-color:var(--{arch})"))
     return element("div", *cards, class_="cards") if cards else Markup("")
 
@@ -199,11 +200,11 @@ def _verdict(fits: dict[str, laws.Fit]) -> Markup:
     loss, low, high = losses[best]
     rivals = [arch for arch in losses if arch != best and losses[arch][1] <= high]
     text = (
-        f"At C = {power(at, 1)} PFLOP/s-days, the largest compute that all of them reached, {plots.LABELS[best]} has the "
+        f"At C = {power(at, 1)} PFLOP/s-days, the largest compute that all of them reached, {LABELS[best]} has the "
         f"lowest fitted loss: {loss:.3f} nats per token, 95 % from {low:.3f} to {high:.3f}. "
     )
     if rivals:
-        names = " and ".join(plots.LABELS[arch] for arch in rivals)
+        names = " and ".join(LABELS[arch] for arch in rivals)
         return Markup(
             text + (f"The bands of {names} overlap" if rivals[1:] else f"The band of {names} overlaps") + " with it."
         )
@@ -217,25 +218,27 @@ _COMPARABLE = (
 )
 
 
-_FILES = 'The figures lie beside this page as PNG files; <a href="fit.json">fit.json</a> holds laws and envelopes.'
+_FILES = (
+    'The figures lie beside this page as PNG and SVG files; <a href="fit.json">fit.json</a> holds laws and envelopes.'
+)
 
 
 def _coefficients(fits: dict[str, laws.Fit]) -> Markup:
     at, losses = _at_common_compute(fits)
-    head = ["", "runs", "a", "b", "paper's a", "paper's b", "fitted over C", "scatter"]
+    head = ["architecture", "runs", "a", "b", "paper's a", "paper's b", "fitted over C", "scatter"]
     if losses:
         head.append(Markup(f"loss at C = {power(at, 1)}"))
     rows = []
     for arch, fit in fits.items():
         published = paper.laws(arch)
         row = [
-            chip(arch, plots.LABELS[arch]),
+            chip(arch, LABELS[arch]),
             len(fit.runs),
             _with_interval(fit.a, *fit.a_interval),
             _with_interval(fit.b, *fit.b_interval),
             f"{published.loss.coefficient:.4f}" if published else NONE,
             minus(published.loss.exponent, 4) if published else NONE,
-            Markup(f"{power(fit.compute[0], 1)} … {power(fit.compute[-1], 1)}"),
+            Number(Markup(f"{power(fit.compute[0], 1)} … {power(fit.compute[-1], 1)}"), fit.compute[-1]),
             f"{100 * fit.rms:.1f} %",
         ]
         if losses:
@@ -244,21 +247,21 @@ def _coefficients(fits: dict[str, laws.Fit]) -> Markup:
     return table(head, rows)
 
 
-def _with_interval(value: float, low: float, high: float) -> Markup:
-    return Markup(f"{minus(value, 4)}<small>{minus(low, 4)} … {minus(high, 4)}</small>")
+def _with_interval(value: float, low: float, high: float) -> Number:
+    return Number(Markup(f"{minus(value, 4)}<small>{minus(low, 4)} … {minus(high, 4)}</small>"), value)
 
 
 def _runs(ladder: runs.Ladder) -> Markup:
     head = ["run", "architecture", "parameters", "without embedding", "without it, with head", "tokens", "FLOPs"]
     head += ["held-out loss, nats/token", "bits per byte", "tokens/s", "minutes"]
-    order = {arch: i for i, arch in enumerate(plots.LABELS)}
+    order = {arch: i for i, arch in enumerate(LABELS)}
     rows = []
     for run in sorted(ladder.runs, key=lambda run: (order[run.arch], run.parameters.nonembedding)):
         end, counted = run.last, run.parameters
         rows.append(
             [
                 run.name + ("" if run.finished else " (unfinished)"),
-                chip(run.arch, plots.LABELS[run.arch]),
+                chip(run.arch, LABELS[run.arch]),
                 f"{counted.total:,}",
                 f"{counted.nonembedding:,}",
                 f"{counted.nonembedding_with_head:,}",

@@ -1,14 +1,17 @@
 """The report: self-contained, escaped, complete, and honest about unfinished runs."""
 
+import base64
+import hashlib
 import json
 import re
 from html.parser import HTMLParser
 
 import pytest
+from matplotlib.figure import Figure
 from synthetic_ladder import SHAPES, rung, write_ladder, write_run
 
 from linscale.config import ConfigError
-from linscale.scaling import paper, plots, report, runs
+from linscale.scaling import drawing, paper, plots, report, runs
 
 VOID = {"meta", "br", "hr", "img", "input", "link"}
 
@@ -18,7 +21,7 @@ class Balanced(HTMLParser):
 
     def __init__(self, text):
         super().__init__()
-        self.open, self.tags, self.attributes, self.text, self.ids = [], [], [], [], []
+        self.open, self.tags, self.attributes, self.text, self.ids, self.scripts = [], [], [], [], [], []
         self.feed(text)
         assert not self.open, f"not closed: {self.open}"
 
@@ -38,7 +41,7 @@ class Balanced(HTMLParser):
         assert self.open.pop() == tag
 
     def handle_data(self, data):
-        self.text.append(data)
+        (self.scripts if self.open[-1:] == ["script"] else self.text).append(data)
 
 
 @pytest.fixture(scope="module")
@@ -60,14 +63,42 @@ def test_main_prints_the_path_last(tmp_path, capsys):
 
 def test_the_page_loads_nothing(html):
     parsed = Balanced(html)
-    assert not {"script", "link", "img", "iframe", "object", "embed", "image"} & set(parsed.tags)
+    assert not {"link", "img", "iframe", "object", "embed", "image"} & set(parsed.tags)
     for name, value in parsed.attributes:
         if name in ("src", "href", "xlink:href", "srcset", "data", "action"):
             assert value.startswith("#") or value == "fit.json", (name, value)
-        assert not name.startswith("on"), "no scripts"
+        assert not name.startswith("on"), "a script that the policy does not name"
     assert not re.search(r"url\((?!#)|@import", html)
     remaining = html.replace("http://www.w3.org/2000/svg", "").replace("http://www.w3.org/1999/xlink", "")
     assert not re.search(r"https?://", remaining)
+
+
+def test_the_policy_names_the_only_script(html):
+    """Another script would not run: the policy has the digest of this one, and data are not scripts."""
+    parsed = Balanced(html)
+    policy = next(value for name, value in parsed.attributes if name == "content" and "default-src" in value)
+    (code,) = [text for text in parsed.scripts if not text.startswith("{")]
+    digest = base64.b64encode(hashlib.sha256(code.encode()).digest()).decode()
+    assert "default-src 'none'" in policy and f"script-src 'sha256-{digest}'" in policy
+    for text in parsed.scripts:
+        if text != code:
+            assert json.loads(text)["points"] and "<" not in text
+
+
+def test_values_under_the_pointer_lie_where_the_points_are_drawn(folder, tmp_path):
+    """The marker that matplotlib draws for a point and the point's place for the pointer are the same."""
+    figure = Figure(figsize=(5, 4), layout="constrained")
+    axes = figure.subplots()
+    axes.set_xscale("log")
+    x, y = [3.0, 40.0, 700.0], [2.0, 5.0, 3.0]
+    axes.plot(x, y, "o", gid="series")
+    drawing.hover(axes, x, y, ["a", "b", "c"], "tnl")
+    drawn = drawing.save(figure, "where", tmp_path)
+    group = drawn.svg[drawn.svg.index('id="where-series"') :]
+    uses = re.findall(r'<use xlink:href="#[^"]+" x="([\d.]+)" y="([\d.]+)"', group)[:3]
+    assert [text for _, _, text, _ in drawn.points] == ["a", "b", "c"]
+    for (left, top), (px, py, _, colour) in zip(uses, drawn.points):
+        assert (px, py) == pytest.approx((float(left), float(top)), abs=0.2) and colour == "tnl"
 
 
 def test_ids_are_unique_and_resolve(html):
@@ -80,8 +111,8 @@ def test_ids_are_unique_and_resolve(html):
 def test_figures_follow_the_page_theme(html):
     """Colours are CSS variables that both themes define."""
     figures = "".join(re.findall(r"<svg.*?</svg>", html, flags=re.DOTALL))
-    assert html.count("<svg") == 7
-    assert set(re.findall(r"var\(--(\w+)\)", figures)) <= {"font", *plots.COLOURS, *plots.NEUTRALS}
+    assert len(re.findall(r'<svg[^>]*role="img"', html)) == 7
+    assert set(re.findall(r"var\(--(\w+)\)", figures)) <= {"font", *drawing.COLOURS, *drawing.NEUTRALS}
     assert not re.search(r"(fill|stroke): #(?!ffffff)", figures), "a colour that does not change with the theme"
     assert "prefers-color-scheme:dark" in html and "@media print" in html
     assert "DejaVu" not in figures
@@ -90,7 +121,7 @@ def test_figures_follow_the_page_theme(html):
 def test_png_files_and_json(folder, html):
     names = {file.name for file in (folder / "report").iterdir()}
     figures = {f"compute-{arch}.png" for arch in paper.TABLE3} | {"comparison.png", "parameters.png", "training.png"}
-    assert names == figures | {"index.html", "fit.json"}
+    assert names == figures | {name.replace(".png", ".svg") for name in figures} | {"index.html", "fit.json"}
     for name in figures:
         assert (folder / "report" / name).read_bytes().startswith(b"\x89PNG")
     assert len(json.loads((folder / "report" / "fit.json").read_text())["fits"]) == 4
@@ -117,7 +148,8 @@ def test_hostile_names_are_escaped(tmp_path):
         description["config"]["data"].update(source="text", path="<b onload=x>/*.txt")
         (path / "config.json").write_text(json.dumps(description))
     parsed = Balanced(report.write(tmp_path).read_text(encoding="utf-8"))
-    assert "script" not in parsed.tags and "onload" not in dict(parsed.attributes)
+    assert not any("alert" in text for text in parsed.scripts if not text.startswith("{"))
+    assert "onload" not in dict(parsed.attributes)
     text = "".join(parsed.text)
     assert hostile + "tnl-58k" in text and "<b onload=x>/*.txt" in text
 
@@ -155,9 +187,9 @@ def test_a_folder_that_cannot_be_written_is_named(tmp_path):
 
 
 def test_one_colour_and_marker_an_architecture():
-    assert set(plots.COLOURS) == set(plots.MARKERS) == set(plots.LABELS)
-    for values in (plots.MARKERS.values(), *zip(*plots.COLOURS.values())):
-        assert len(set(values)) == len(plots.LABELS)
+    assert set(drawing.COLOURS) == set(drawing.MARKERS) == set(drawing.LABELS)
+    for values in (drawing.MARKERS.values(), *zip(*drawing.COLOURS.values())):
+        assert len(set(values)) == len(drawing.LABELS)
 
 
 def test_curves_are_thinned_without_their_ends(folder):
