@@ -82,6 +82,11 @@ def _log_on_stderr():
 
 
 def _sentence(error: Exception) -> str:
+    """On one line, and without what a terminal would obey: names of files and fields may hold anything."""
+    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in _told(error))
+
+
+def _told(error: Exception) -> str:
     if not isinstance(error, OSError):
         return " ".join(str(error).split())
     if isinstance(error, BrokenPipeError):

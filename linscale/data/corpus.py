@@ -111,11 +111,13 @@ def prepare(data: Data, vocab_size: int | None = None, log: Callable[[str], None
     _check(data)
     source = open_source(data)
     separate = open_source(data, heldout=True) if data.heldout_path or data.heldout_split else None
-    if separate and data.source != "tfds" and (common := sorted(set(source.files) & set(separate.files))):
-        raise ConfigError(
-            f"config.data.heldout_path matches {common[0]!r}, which config.data.path matches too; "
-            "training and held-out files must differ."
-        )
+    if separate and data.source != "tfds":
+        training = set(map(os.path.realpath, source.files))
+        if common := sorted(file for file in separate.files if os.path.realpath(file) in training):
+            raise ConfigError(
+                f"config.data.heldout_path matches {common[0]!r}, which config.data.path matches too; "
+                "training and held-out files must differ."
+            )
     heldout = separate.identity if separate else data.heldout_share
     name = fingerprint(
         FORMAT, tokenizers.identity(data.tokenizer), source.identity, heldout, data.max_tokens, data.heldout_tokens

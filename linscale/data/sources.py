@@ -6,6 +6,7 @@ are counted by file in `Invalid`; they never stop a run.
 """
 
 import bz2
+import contextlib
 import dataclasses
 import glob
 import gzip
@@ -13,6 +14,7 @@ import hashlib
 import json
 import lzma
 import os
+import re
 import sys
 import sysconfig
 import zlib
@@ -23,8 +25,9 @@ from linscale.config import ConfigError, Data
 SMALL = 32 << 20  # bytes; up to this size files are identified by their content, above it by path, size and time
 _CHUNK = 1 << 20  # bytes read at a time
 _OPENERS = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}
-_NOT_TEXT = (".zst", ".zip", ".7z", ".tar", ".tgz")
+_NOT_TEXT = (".zst", ".zip", ".7z", ".rar", ".tar", ".tgz", ".tbz2", ".txz", ".tar.gz", ".tar.bz2", ".tar.xz")
 _BROKEN = (OSError, EOFError, zlib.error, lzma.LZMAError)  # what the openers raise on missing or damaged files
+_TFDS_NAME = r"\w+(/[\w.-]+)?(:(\d+|\*)\.(\d+|\*)\.(\d+|\*))?"
 # Tests hold data rather than prose or code, some of it deliberately broken; the others are not the library's own text.
 _STDLIB_SKIP = {"site-packages", "dist-packages", "__pycache__", "test", "tests", "idle_test", "lib-dynload"}
 
@@ -112,7 +115,14 @@ def _matches(field: str, pattern: str) -> tuple[str, ...]:
     pattern = os.path.expanduser(pattern)
     if os.path.isdir(pattern):
         raise ConfigError(f"{field} is {pattern!r}, a folder; give a pattern of files such as '{pattern}/**/*'.")
-    files = tuple(sorted(path for path in glob.glob(pattern, recursive=True) if os.path.isfile(path)))
+    _check_folders(field, pattern)
+    found = sorted(glob.glob(pattern, recursive=True))
+    files = tuple(path for path in found if os.path.isfile(path))
+    if odd := [path for path in found if path not in set(files) and not os.path.isdir(path)]:
+        raise ConfigError(
+            f"{field} matches {odd[0]!r}, which is no file that can be read (a link to nothing, or a device); remove it, "
+            "or choose a pattern without it."
+        )
     if not files and not glob.has_magic(pattern):
         raise ConfigError(f"{field} is {pattern!r}, which does not exist (from {os.getcwd()}); correct the path.")
     if not files:
@@ -120,6 +130,29 @@ def _matches(field: str, pattern: str) -> tuple[str, ...]:
             f"{field} is {pattern!r}, which matches no file (from {os.getcwd()}); correct it ('**' goes into folders)."
         )
     return files
+
+
+def _check_folders(field: str, pattern: str) -> None:
+    """ConfigError for a folder that the pattern goes through and that cannot be listed: glob passes over it silently."""
+    parts = pattern.split(os.sep)
+    for i, part in enumerate(parts):
+        if not glob.has_magic(part):
+            continue
+        before = os.sep.join(parts[:i])
+        folders = glob.glob(before, recursive=True) if before else [os.sep if i else "."]
+        if part == "**":
+            folders += glob.glob(os.sep.join([*parts[:i], "**", ""]), recursive=True)
+        for folder in folders:
+            try:
+                with os.scandir(folder):
+                    pass
+            except (FileNotFoundError, NotADirectoryError):
+                continue
+            except OSError as error:
+                raise ConfigError(
+                    f"{field} goes through {folder!r}, which cannot be read: {error.strerror}; give access, or choose a "
+                    "pattern without it."
+                ) from error
 
 
 def _identity(field: str, files: tuple[str, ...]) -> list:
@@ -166,6 +199,8 @@ def _stdlib() -> Source:
 
 
 def _open(path: str):
+    if path.endswith(tuple(_OPENERS)) and not os.path.getsize(path):
+        raise EOFError("it has 0 bytes, and even nothing is some bytes when packed")
     return _OPENERS.get(os.path.splitext(path)[1], open)(path, "rb")
 
 
@@ -195,7 +230,7 @@ def _read_jsonl(path: str, field: str, invalid: Invalid) -> Iterator[str]:
                 continue
             try:
                 record = json.loads(invalid.decode(raw, path).removeprefix("\ufeff"))
-            except (json.JSONDecodeError, RecursionError) as error:
+            except (ValueError, RecursionError) as error:  # ValueError: also a number of thousands of digits
                 raise ConfigError(f"{path}, line {number}: not valid JSON ({error}); each line must be one.") from error
             if not isinstance(record, dict) or not isinstance(record.get(field), str):
                 has = f"it has {', '.join(record) or 'no fields'}" if isinstance(record, dict) else "it is no object"
@@ -212,7 +247,7 @@ def _read_parquet(path: str, field: str, invalid: Invalid) -> Iterator[str]:
     except ImportError as error:
         raise ConfigError("config.data.source is 'parquet', which needs pyarrow; pip install pyarrow.") from error
     try:
-        with pq.ParquetFile(path) as file:
+        with pq.ParquetFile(path, page_checksum_verification=True) as file:
             if field not in file.schema_arrow.names:
                 raise ConfigError(
                     f"{path}: no column {field!r}; set config.data.text_field to one of "
@@ -239,6 +274,37 @@ def _read_parquet(path: str, field: str, invalid: Invalid) -> Iterator[str]:
         raise ConfigError(f"{path} cannot be read as parquet: {reason}; config.data.path must match such.") from error
 
 
+@contextlib.contextmanager
+def _own_features(connector) -> Iterator[None]:
+    """tfds imports whatever module features.json names a class of; within this, only modules of its own."""
+    before = connector.__dict__["cls_from_name"]
+    find = connector.cls_from_name
+
+    def checked(name: str):
+        if not name.startswith("tensorflow_datasets."):
+            raise ValueError(f"features.json names the class {name!r}, and only classes of tfds itself are imported")
+        return find(name)
+
+    connector.cls_from_name = staticmethod(checked)
+    try:
+        yield
+    finally:
+        connector.cls_from_name = before
+
+
+def _check_counts(info, paths: set[str]) -> None:
+    """ValueError for a file without all its records: the reader gives empty ones for what a truncated file lacks."""
+    from array_record.python import array_record_module
+
+    for split in info.splits.values():
+        for path, expected in zip(map(str, split.filepaths), split.shard_lengths):
+            if path not in paths:
+                continue
+            found = array_record_module.ArrayRecordReader(path).num_records() if os.stat(path).st_size else 0
+            if found != expected:
+                raise ValueError(f"{path} has {found} records instead of {expected}")
+
+
 def _tfds(data: Data, heldout: bool) -> Source:
     try:
         import tensorflow_datasets as tfds
@@ -250,12 +316,18 @@ def _tfds(data: Data, heldout: bool) -> Source:
     split = (heldout and data.heldout_split) or data.split
     what = f"tfds data set {name!r}, split {split!r}"
     where = data.data_dir or "the library's default folder"
+    if not re.fullmatch(_TFDS_NAME, name):
+        raise ConfigError(
+            f"config.data.path is {name!r}; for config.data.source='tfds' it must be NAME, NAME/CONFIG or "
+            "NAME/CONFIG:1.0.0, without a namespace, as the code of a community's data set is not run here."
+        )
     try:
-        builder = tfds.builder(name, data_dir=os.path.expanduser(data.data_dir) or None)
-        records = builder.as_data_source(split=split)
-        info = builder.info.splits[split]
+        with _own_features(tfds.features.FeatureConnector):
+            builder = tfds.builder(name, data_dir=os.path.expanduser(data.data_dir) or None)
+            records = builder.as_data_source(split=split)
+            info = builder.info.splits[split]
         paths = tuple(str(path) for path in info.filepaths)
-        sizes = [os.stat(path).st_size for path in paths]
+        _check_counts(builder.info, set(paths))
     except Exception as error:  # tfds raises AssertionError, ValueError, NotImplementedError, ... for missing data
         reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
         raise ConfigError(
@@ -265,7 +337,14 @@ def _tfds(data: Data, heldout: bool) -> Source:
 
     def read(invalid: Invalid) -> Iterator[str]:
         for index in range(len(records)):
-            record = records[index]
+            try:
+                record = records[index]
+            except Exception as error:  # RuntimeError, IndexError, DecodeError, ... for damaged files
+                reason = " ".join(str(error).split()) or type(error).__name__
+                raise ConfigError(
+                    f"config.data.path names the {what}, whose record {index} cannot be read from array_record files in "
+                    f"{os.path.dirname(paths[0])}: {reason.rstrip('.')}; prepare it again."
+                ) from error
             value = record.get(data.text_field) if isinstance(record, dict) else None
             if not isinstance(value, str | bytes):
                 has = ", ".join(record) if isinstance(record, dict) else type(record).__name__
@@ -274,5 +353,6 @@ def _tfds(data: Data, heldout: bool) -> Source:
                 )
             yield invalid.decode(value, what) if isinstance(value, bytes) else invalid.clean(value, what)
 
-    identity = ("tfds", builder.info.full_name, split, len(records), data.text_field, sizes)
+    files = _identity("config.data.path", paths)
+    identity = ("tfds", builder.info.full_name, split, len(records), data.text_field, files)
     return Source(what, identity, paths, lambda invalid: _guarded("config.data.path", what, read(invalid)))

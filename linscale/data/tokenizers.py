@@ -219,7 +219,10 @@ def _hugging_face_files(path: str) -> tuple[str, str | None]:
             token = json.load(opened).get("eos_token")
     except (OSError, ValueError, AttributeError) as error:
         raise ConfigError(f"{config!r}, beside the file that {_FIELD} names, is no JSON object: {error}.") from error
-    return file, token.get("content") if isinstance(token, dict) else token
+    token = token.get("content") if isinstance(token, dict) else token
+    if not isinstance(token, str | None):
+        raise ConfigError(f"{config!r}, beside the file that {_FIELD} names, has eos_token {token!r}; it must be text.")
+    return file, token
 
 
 def _is_file(name: str) -> bool:
@@ -238,7 +241,11 @@ def _rank_file(file: str):
     try:
         with open(_existing(file), "rb") as opened:
             pairs = [line.split() for line in opened if line.strip()]
-        ranks = {base64.b64decode(token, validate=True): int(rank) for token, rank in pairs}
+        ranks, seen = {base64.b64decode(token, validate=True): int(rank) for token, rank in pairs}, set()
+        for _, rank in pairs:  # the library ends in a panic on these
+            if int(rank) in seen or not 0 <= int(rank) < 2**31:
+                raise ValueError(f"rank {int(rank)} occurs twice or does not lie between 0 and {2**31 - 1}")
+            seen.add(int(rank))
         if missing := [byte for byte in range(256) if bytes([byte]) not in ranks]:
             raise ValueError(f"byte {missing[0]} has no rank")
         # cl100k_base leaves the id after its ranks unused.

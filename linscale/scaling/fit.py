@@ -111,8 +111,8 @@ def add_shared_options(parser: argparse.ArgumentParser) -> None:
 
 
 def chosen(options: argparse.Namespace) -> laws.Options:
-    if options.resamples < 1:
-        raise ConfigError(f"--resamples is {options.resamples}; it must be at least 1.")
+    if not 1 <= options.resamples <= 1_000_000:
+        raise ConfigError(f"--resamples is {options.resamples}; it must lie between 1 and 1000000.")
     if options.seed < 0:
         raise ConfigError(f"--seed is {options.seed}; it must be at least 0.")
     return laws.Options(options.loss, options.compute, options.resamples, options.seed)
@@ -149,10 +149,12 @@ def main(argv: list[str]) -> int:
     add_shared_options(parser)
     arguments = parser.parse_args(argv)
     file = next((path for path in arguments.folder if Path(path).is_file()), None)
+    if file and arguments.json and Path(arguments.json).exists() and Path(arguments.json).samefile(file):
+        raise ConfigError(f"--json is {arguments.json}, the table itself; name another file.")
+    chosen(arguments)
     if arguments.form is None:
         arguments.form = "chinchilla" if file else "envelope"
     if arguments.form != "envelope":
-        chosen(arguments)
         from linscale.scaling import fit_forms
 
         return fit_forms.main(arguments)

@@ -83,6 +83,8 @@ def _one(name: str, runs: parametric.Runs, loss: Loss, arguments, notes: list[st
         formula, loss = isoflop.FORMULA, Loss("lsq", loss.delta, "sum")
         method = "parabolas of L in log N by least squares, one a budget, straight lines of logarithms through them"
     else:
+        if arguments.backtest:  # before the fit, which takes longer
+            optimum.check_backtest(runs, arguments.backtest)
         found = parametric.fit(arguments.form, runs, loss, arguments.resamples, arguments.seed)
         formula, method = found.form.formula, KIND_NAMES[loss.kind].format(**dataclasses.asdict(loss))
     notes += found.warnings

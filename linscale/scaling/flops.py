@@ -120,7 +120,7 @@ def paper_flops_per_step(model: Model, batch: int = 480, sequence: int = 8192) -
     1/(3h) + 29/(72d) for HGRN2, 3/(4h) + 23/(72d) for cosFormer2.
     """
     if batch < 1 or sequence < 1:
-        raise ConfigError(f"batch is {batch} and sequence {sequence}; both must be at least 1.")
+        raise ConfigError(f"--batch is {batch} and --sequence is {sequence}; both must be at least 1.")
     d, h, n = model.width, model.heads, sequence
     extra = {
         "llama": n / (6 * d) + 5 / (18 * d),

@@ -92,10 +92,14 @@ class Backtest:
         return int(((self.low <= self.loss) & (self.loss <= self.high)).sum())
 
 
-def backtest(form, runs: Runs, count: int, loss: Loss = HUBER, resamples: int = 1000, seed: int = 0) -> Backtest:
-    """Fits without the `count` runs of greatest compute and predicts them. Raises ConfigError if too few remain."""
+def check_backtest(runs: Runs, count: int) -> None:
     if not 0 < count < len(runs):
         raise ConfigError(f"--backtest is {count}; it must lie between 1 and {len(runs) - 1}, one less than the runs.")
+
+
+def backtest(form, runs: Runs, count: int, loss: Loss = HUBER, resamples: int = 1000, seed: int = 0) -> Backtest:
+    """Fits without the `count` runs of greatest compute and predicts them. Raises ConfigError if too few remain."""
+    check_backtest(runs, count)
     order = np.argsort(runs.compute, kind="stable")
     found = fit(form, runs.take(np.sort(order[:-count])), loss, resamples, seed)
     held = runs.take(order[-count:])

@@ -153,6 +153,11 @@ def check(form: forms.Form, runs: Runs) -> None:
             f"{len(runs)} runs cannot determine the {len(form.names)} coefficients of {form.name} "
             f"({', '.join(form.names)}); give more runs or a form with fewer coefficients."
         )
+    if (points := len(set(zip(runs.n.tolist(), runs.d.tolist())))) < len(form.names):
+        raise ConfigError(
+            f"{len(runs)} runs with {points} different pairs of N and D cannot determine the {len(form.names)} "
+            f"coefficients of {form.name} ({', '.join(form.names)}); give runs of other sizes."
+        )
     if form.needs_unique and runs.unique is None:
         raise ConfigError(f"{form.name} needs the unique tokens of each run; name their column with --unique.")
 

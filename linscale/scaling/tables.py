@@ -37,7 +37,7 @@ def read(path: str | Path, columns: Columns) -> tuple[Runs, list[str]]:
     rows = _rows(path)
     if not columns.n or not columns.loss or not (columns.d or columns.flops):
         raise ConfigError(
-            f"{path} needs --n, --loss, and --d or --flops with names of its columns: {', '.join(rows[0])}."
+            f"{path} needs --n, --loss, and --d or --flops with names of its columns: {', '.join(map(str, rows[0]))}."
         )
     found = {}
     for option in ("n", "d", "loss", "flops", "unique"):
@@ -151,15 +151,36 @@ def _rows(path: Path) -> list[dict]:
                 continue
             try:
                 row = json.loads(line)
-            except ValueError:
+            except (ValueError, RecursionError):
                 row = None
             if not isinstance(row, dict):
                 raise ConfigError(f"{path} line {number} is not a JSON object; JSONL has one object a line.")
             rows.append(row)
     else:
-        rows = list(csv.DictReader(text.splitlines()))
+        rows = _csv(path, text)
     if not rows:
         raise ConfigError(f"{path} has no rows.")
+    return rows
+
+
+def _csv(path: Path, text: str) -> list[dict]:
+    """Refused, as a law should not be fitted to the wrong column: two columns of one name, rows longer than the header."""
+    reader = csv.DictReader(text.splitlines())
+    try:
+        names = reader.fieldnames or []
+        if not names and text.strip():
+            raise ConfigError(f"{path} begins with an empty line; its first line must name the columns.")
+        if twice := [name for name in names if names.count(name) > 1]:
+            raise ConfigError(f"{path} has the column {twice[0]!r} twice; rename one.")
+        rows = list(reader)
+    except csv.Error as error:
+        raise ConfigError(f"{path} cannot be read as CSV, near line {reader.line_num}: {error}.") from error
+    for i, row in enumerate(rows, 1):
+        if None in row:  # where the reader puts what is too much
+            raise ConfigError(
+                f"{path}, row {i} has {len(names) + len(row[None])} cells, but the header {len(names)}: is there a comma "
+                "in a number or a text without quotes?"
+            )
     return rows
 
 
@@ -173,11 +194,11 @@ def _numbers(path: Path, rows: list[dict], column: str, option: str) -> np.ndarr
         value = row.get(column)
         try:
             number = math.nan if isinstance(value, bool) else float(value)
-        except (TypeError, ValueError):
+        except (TypeError, ValueError, OverflowError):
             number = math.nan
         if not (math.isfinite(number) and number > 0):
             raise ConfigError(
-                f"{path}: column {column!r} (--{option}), row {i + 1}: {value!r} is not a positive finite number."
+                f"{path}: column {column!r} (--{option}), row {i + 1}: {value!r:.60} is not a positive finite number."
             )
         out[i] = number
     return out

@@ -8,6 +8,7 @@ shown, nothing is compiled, every file that was there has the bytes it had, and 
 import contextlib
 import dataclasses
 import hashlib
+import importlib
 import io
 import os
 import re
@@ -16,6 +17,7 @@ from pathlib import Path
 
 from linscale import cli
 
+ROOMS = ("config_cases", "command_cases", "corpus_cases")
 LONGEST = 1200  # characters of a sentence, on one line
 RECIPE = """
 from linscale.config import base
@@ -42,6 +44,10 @@ class Case:
     make: Callable[[Path], list[str]]  # writes files into the folder, returns the arguments of linscale
     says: tuple[str, ...]  # each must occur in the sentence
     compiles: bool = False  # found only by computing, so a compile is allowed
+
+
+def all_cases() -> list[Case]:
+    return [case for room in ROOMS for case in importlib.import_module(room).cases()]
 
 
 def judge(case: Case, folder: Path) -> tuple[list[str], str]:
