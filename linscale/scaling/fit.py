@@ -149,8 +149,8 @@ def main(argv: list[str]) -> int:
     add_shared_options(parser)
     arguments = parser.parse_args(argv)
     file = next((path for path in arguments.folder if Path(path).is_file()), None)
-    if file and arguments.json and Path(arguments.json).exists() and Path(arguments.json).samefile(file):
-        raise ConfigError(f"--json is {arguments.json}, the table itself; name another file.")
+    if arguments.json:
+        _check_target(Path(arguments.json), file)
     chosen(arguments)
     if arguments.form is None:
         arguments.form = "chinchilla" if file else "envelope"
@@ -164,6 +164,14 @@ def main(argv: list[str]) -> int:
     if arguments.loss not in laws.LOSSES:
         raise ConfigError(f"--loss is {arguments.loss!r}; for the envelope it must be {' or '.join(laws.LOSSES)}.")
     return envelope(arguments)
+
+
+def _check_target(target: Path, table: str | None) -> None:
+    """ConfigError, before the fit, if --json cannot be written there."""
+    if table and target.exists() and target.samefile(table):
+        raise ConfigError(f"--json is {target}, the table itself; name another file.")
+    if target.is_dir() or not target.parent.is_dir():
+        raise ConfigError(f"--json is {target}, where no file can be; name a file in a folder that exists.")
 
 
 def envelope(arguments: argparse.Namespace) -> int:
