@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from linscale.config import ConfigError
-from linscale.scaling import forms, isoflop, optimum, parametric, tables
+from linscale.scaling import forms, isoflop, joint, optimum, parametric, printing, profile, tables, tasks
 from linscale.scaling import runs as runs_
 from linscale.scaling.minimise import Loss
 
@@ -30,14 +30,23 @@ def main(arguments: argparse.Namespace) -> int:
     for budget in arguments.budget:
         if not (math.isfinite(budget) and budget > 0):
             raise ConfigError(f"--budget is {budget}; it must be a positive number of FLOPs.")
-    groups, notes = _groups(arguments)
+    groups = {name: (_without_worst(runs, notes, arguments)) for name, (runs, notes) in _groups(arguments).items()}
+    if arguments.joint:
+        _check_joint(arguments, groups)
     results = {}
-    for name, runs in groups.items():
+    for name, (runs, notes) in groups.items():
         if results:
             print()
         results[name] = _one(name, runs, loss, arguments, notes)
+    if arguments.joint:
+        tables_ = {name: runs for name, (runs, _) in groups.items()}
+        found = joint.fit(arguments.form, tables_, arguments.resamples, arguments.seed)
+        compared = joint.as_json(found)
+        print("\n" + "\n".join(joint.as_lines(found)))
     if arguments.json:
         content = next(iter(results.values())) if len(results) == 1 else {"fits": list(results.values())}
+        if arguments.joint:
+            content["joint"] = compared
         try:
             Path(arguments.json).write_text(json.dumps(content, indent=1, allow_nan=False) + "\n", encoding="utf-8")
         except OSError as error:
@@ -45,38 +54,53 @@ def main(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def _groups(arguments) -> tuple[dict[str, parametric.Runs], list[str]]:
-    """Tables by name; the name of a file's only table is empty."""
+def _groups(arguments) -> dict[str, tuple[parametric.Runs, list[str]]]:
+    """Tables and notes by name; the name of a file's only table is empty."""
     files = [path for path in arguments.folder if not Path(path).is_dir()]
     if files and len(arguments.folder) > 1:
         raise ConfigError(
             f"Give one file, or folders of runs; {files[0]} is a file among {len(arguments.folder)} paths."
         )
     if files:
-        columns = tables.Columns(arguments.n, arguments.d, arguments.loss, arguments.flops, arguments.unique)
-        runs, notes = tables.read(files[0], columns)
-        return {"": runs}, notes
-    for option in ("d", "flops", "unique"):
+        columns = tables.Columns(
+            *(getattr(arguments, option) for option in ("n", "d", "loss", "flops", "unique")),
+            tasks=tuple(arguments.task),
+            where=tuple(arguments.where),
+        )
+        return tables.read_groups(files[0], columns, arguments.group)
+    for option in ("d", "flops", "unique", "group", "where", "task"):
         if getattr(arguments, option):
             raise ConfigError(f"--{option} names a column of a file; {arguments.folder[0]} is a folder of runs.")
     groups, notes = tables.from_ladder(runs_.read(arguments.folder), arguments.n or "nonembedding")
     if not groups:
         raise ConfigError(" ".join(["No run has finished, so there is nothing to fit.", *notes]))
-    return groups, notes
+    return {name: (runs, notes) for name, runs in groups.items()}
+
+
+def _check_joint(arguments, groups) -> None:
+    if arguments.form == "isoflop":
+        raise ConfigError("--joint compares laws L(N, D); isoflop is none. Use --form chinchilla.")
+    if len(groups) < 2:
+        raise ConfigError("--joint compares groups of runs: give a ladder of several architectures, or --group COLUMN.")
+    if arguments.loss_kind == "lsq-unlogged":
+        raise ConfigError("--joint compares by the likelihood of log L; it cannot go with --loss-kind lsq-unlogged.")
+
+
+def _without_worst(runs, notes, arguments) -> tuple[parametric.Runs, list[str]]:
+    if not arguments.drop_worst:
+        return runs, notes
+    if arguments.drop_worst >= len(runs):
+        raise ConfigError(f"--drop-worst is {arguments.drop_worst}, but there are only {len(runs)} runs.")
+    worst = np.sort(np.argsort(-runs.loss, kind="stable")[: arguments.drop_worst])
+    names = ", ".join(runs.names[i] for i in worst)
+    note = f"Left out for their loss, the highest {arguments.drop_worst}: {names}."
+    return runs.take(np.setdiff1d(np.arange(len(runs)), worst)), [*notes, note]
 
 
 def _one(name: str, runs: parametric.Runs, loss: Loss, arguments, notes: list[str]) -> dict:
     notes = list(notes)
-    if arguments.drop_worst:
-        if arguments.drop_worst >= len(runs):
-            raise ConfigError(f"--drop-worst is {arguments.drop_worst}, but there are only {len(runs)} runs.")
-        worst = np.sort(np.argsort(-runs.loss, kind="stable")[: arguments.drop_worst])
-        notes.append(
-            f"Left out for their loss, the highest {arguments.drop_worst}: {', '.join(runs.names[i] for i in worst)}."
-        )
-        runs = runs.take(np.setdiff1d(np.arange(len(runs)), worst))
     if arguments.form == "isoflop":
-        for option in ("backtest", "budget"):
+        for option in ("backtest", "budget", "task", "profile"):
             if getattr(arguments, option):
                 raise ConfigError(f"--{option} needs a law L(N, D); isoflop is none. Use --form chinchilla.")
         found = isoflop.fit(runs, arguments.resamples, arguments.seed)
@@ -91,7 +115,7 @@ def _one(name: str, runs: parametric.Runs, loss: Loss, arguments, notes: list[st
     counted = "as counted" if runs.flops is not None else "6 N D"
     lines = [f"{name + ': ' if name else ''}{formula}", f"{method}; {len(runs)} runs; N is {runs.n_name}; C {counted}."]
     lines += [f"Intervals: 95 %, {arguments.resamples} draws of the runs with replacement, seed {arguments.seed}.", ""]
-    lines += _table(
+    lines += printing.table(
         ("coefficient", "value", "95 % low", "95 % high"),
         [(key, value, *found.intervals[key]) for key, value in found.coefficients.items()],
     )
@@ -99,7 +123,7 @@ def _one(name: str, runs: parametric.Runs, loss: Loss, arguments, notes: list[st
     out = {
         "form": arguments.form,
         "coefficients": found.coefficients,
-        "intervals": {key: list(map(_finite, pair)) for key, pair in found.intervals.items()},
+        "intervals": {key: list(map(printing.finite, pair)) for key, pair in found.intervals.items()},
         "objective": found.objective,
         "loss": dataclasses.asdict(loss)
         if not loss.kind.startswith("lsq")
@@ -108,15 +132,25 @@ def _one(name: str, runs: parametric.Runs, loss: Loss, arguments, notes: list[st
     }
     if name:
         out |= {"arch": name, "n": runs.n_name}
+    if arguments.profile:
+        ends = profile.profile(found)
+        lines += ["", "Profile likelihood, 95 % (Huber likelihood with a fitted scale, delta 1.345; - : no end):"]
+        lines += printing.table(("coefficient", "95 % low", "95 % high"), [(key, *pair) for key, pair in ends.items()])
+        out["profile"] = {key: list(map(printing.finite, pair)) for key, pair in ends.items()}
+    for column in arguments.task:
+        task = tasks.fit(column, arguments.task_form, runs.tasks[column], found, arguments.resamples, arguments.seed)
+        lines += ["", *tasks.as_lines(task)]
+        notes += task.warnings
+        out.setdefault("tasks", []).append(tasks.as_json(task, found, arguments.budget, arguments.compute_model))
     if arguments.budget:
         best = [optimum.optimum(found, budget, arguments.compute_model) for budget in arguments.budget]
         lines += ["", f"Optimum of a budget, C {arguments.compute_model}:"]
-        lines += _table(
+        lines += printing.table(
             ("C, FLOPs", "N", "low", "high", "D", "low", "high", "loss", "low", "high"),
             [(b.flops, b.n, *b.n_interval, b.d, *b.d_interval, b.loss, *b.loss_interval) for b in best],
         )
         notes += [f"At {b.flops:.3g} FLOPs the law has no optimum within the searched sizes." for b in best if b.edge]
-        out["optimal"] = [_plain(dataclasses.asdict(b)) | {"compute": arguments.compute_model} for b in best]
+        out["optimal"] = [printing.plain(dataclasses.asdict(b)) | {"compute": arguments.compute_model} for b in best]
     if arguments.backtest:
         lines += ["", *_backtest(runs, loss, arguments, out)]
     out["warnings"] = notes
@@ -132,7 +166,7 @@ def _backtest(runs, loss, arguments, out) -> list[str]:
         "mean_absolute_error": mean,
         "covered": test.covered if bounded else None,
         "runs": [
-            _plain({"name": m, "n": n, "d": d, "loss": y, "predicted": p, "interval": (a, b), "error": e})
+            printing.plain({"name": m, "n": n, "d": d, "loss": y, "predicted": p, "interval": (a, b), "error": e})
             for m, n, d, y, p, a, b, e in zip(
                 test.names, test.n, test.d, test.loss, test.predicted, test.low, test.high, test.error
             )
@@ -142,42 +176,11 @@ def _backtest(runs, loss, arguments, out) -> list[str]:
     return [
         f"Backtest: fitted to {len(test.fit.runs)} runs, the {len(test.n)} of greatest compute predicted; mean absolute "
         f"error {100 * mean:.3f} %, {held}.",
-        *_table(
+        *printing.table(
             ("run", "N", "D", "loss", "predicted", "low", "high", "error %"),
             list(zip(test.names, test.n, test.d, test.loss, test.predicted, test.low, test.high, 100 * test.error)),
         ),
     ]
-
-
-def _finite(value) -> float | None:
-    return float(value) if math.isfinite(value) else None
-
-
-def _plain(entry: dict) -> dict:
-    """JSON has no NaN and no numpy."""
-    out = {}
-    for key, value in entry.items():
-        if isinstance(value, tuple):
-            out[key] = list(map(_finite, value))
-        else:
-            out[key] = value if isinstance(value, str | bool) else _finite(value)
-    return out
-
-
-def _table(head: tuple[str, ...], rows: list[tuple]) -> list[str]:
-    cells = [[_cell(value) for value in row] for row in rows]
-    wide = [max(len(head[i]), *(len(row[i]) for row in cells)) for i in range(len(head))]
-    out = ["  ".join(text.rjust(w) if i else text.ljust(w) for i, (text, w) in enumerate(zip(head, wide)))]
-    out.append("-" * len(out[0]))
-    for row in cells:
-        out.append("  ".join(text.rjust(w) if i else text.ljust(w) for i, (text, w) in enumerate(zip(row, wide))))
-    return out
-
-
-def _cell(value) -> str:
-    if isinstance(value, str):
-        return value[:40]
-    return f"{value:.5g}" if math.isfinite(value) else "-"
 
 
 FORMS = (*forms.FORMS, "isoflop")

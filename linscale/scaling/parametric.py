@@ -32,6 +32,7 @@ class Runs:
     flops: np.ndarray | None = None  # counted
     names: tuple[str, ...] = ()
     n_name: str = "N"
+    tasks: dict[str, np.ndarray] = dataclasses.field(default_factory=dict)  # accuracy or error, by benchmark
 
     def __len__(self) -> int:
         return len(self.n)
@@ -44,7 +45,8 @@ class Runs:
         pick = {f: getattr(self, f) for f in ("n", "d", "loss", "unique", "flops")}
         pick = {f: v if v is None else v[rows] for f, v in pick.items()}
         names = tuple(np.array(self.names, object)[rows]) if self.names else ()
-        return dataclasses.replace(self, names=names, **pick)
+        tasks = {name: values[rows] for name, values in self.tasks.items()}
+        return dataclasses.replace(self, names=names, tasks=tasks, **pick)
 
 
 @dataclasses.dataclass(frozen=True)

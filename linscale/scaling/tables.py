@@ -29,15 +29,56 @@ class Columns:
     loss: str | None = None
     flops: str | None = None
     unique: str | None = None
+    tasks: tuple[str, ...] = ()
+    where: tuple[str, ...] = ()  # COLUMN=VALUE[,VALUE...], all must hold
 
 
 def read(path: str | Path, columns: Columns) -> tuple[Runs, list[str]]:
     """The runs of a file and what makes them doubtful. D is C / (6 N) where only FLOPs are given."""
+    return read_groups(path, columns)[""]
+
+
+def read_groups(path: str | Path, columns: Columns, group: str | None = None) -> dict[str, tuple[Runs, list[str]]]:
+    """The same by the values of a column, in the order of the file; one group named "" without a column."""
     path = Path(path)
-    rows = _rows(path)
+    rows = _chosen(path, _rows(path), columns.where)
+    if group is None:
+        return {"": _table(path, rows, columns)}
+    if not any(group in row for _, row in rows):
+        raise ConfigError(f"{path} has no column {group!r} (--group); it has {', '.join(map(str, rows[0][1]))}.")
+    groups = {}
+    for number, row in rows:
+        groups.setdefault(str(row.get(group)), []).append((number, row))
+    return {name: _table(path, members, columns) for name, members in groups.items()}
+
+
+def _chosen(path: Path, rows: list[dict], where: tuple[str, ...]) -> list[tuple[int, dict]]:
+    """Rows with their numbers. Numbers compare as numbers: 20 is 20.0."""
+    out = list(enumerate(rows, 1))
+    for condition in where:
+        column, equals, values = condition.partition("=")
+        if not (column and equals and values):
+            raise ConfigError(f"--where is {condition!r}; give COLUMN=VALUE or COLUMN=VALUE,VALUE.")
+        if not any(column in row for row in rows):
+            raise ConfigError(f"{path} has no column {column!r} (--where); it has {', '.join(map(str, rows[0]))}.")
+        wanted = {_comparable(value) for value in values.split(",")}
+        out = [(number, row) for number, row in out if _comparable(row.get(column)) in wanted]
+        if not out:
+            raise ConfigError(f"{path} has no row with --where {' '.join(where)}.")
+    return out
+
+
+def _comparable(value):
+    try:
+        return float(value)
+    except (TypeError, ValueError):
+        return str(value).strip()
+
+
+def _table(path: Path, rows: list[tuple[int, dict]], columns: Columns) -> tuple[Runs, list[str]]:
     if not columns.n or not columns.loss or not (columns.d or columns.flops):
         raise ConfigError(
-            f"{path} needs --n, --loss, and --d or --flops with names of its columns: {', '.join(map(str, rows[0]))}."
+            f"{path} needs --n, --loss, and --d or --flops with names of its columns: {', '.join(map(str, rows[0][1]))}."
         )
     found = {}
     for option in ("n", "d", "loss", "flops", "unique"):
@@ -50,10 +91,11 @@ def read(path: str | Path, columns: Columns) -> tuple[Runs, list[str]]:
         loss=found["loss"],
         unique=found.get("unique"),
         flops=flops,
-        names=tuple(str(_first(row, NAMES) or f"row {i}") for i, row in enumerate(rows, 1)),
+        names=tuple(str(_first(row, NAMES) or f"row {i}") for i, row in rows),
         n_name=columns.n,
+        tasks={name: _numbers(path, rows, name, "task", positive=False) for name in columns.tasks},
     )
-    return runs, doubts(runs, rows)
+    return runs, doubts(runs, [row for _, row in rows], [number for number, _ in rows])
 
 
 def from_ladder(ladder: runs_.Ladder, size: str) -> tuple[dict[str, Runs], list[str]]:
@@ -86,12 +128,13 @@ def from_ladder(ladder: runs_.Ladder, size: str) -> tuple[dict[str, Runs], list[
     return tables, notes
 
 
-def doubts(runs: Runs, rows: list[dict] = ()) -> list[str]:
+def doubts(runs: Runs, rows: list[dict] = (), numbers: list[int] = ()) -> list[str]:
     """Sentences on duplicates, tokenizers, units and schedules that a law should not be fitted to unseen."""
     notes, seen, copies = [], {}, []
+    numbers = numbers or range(1, len(runs) + 1)
     for i, key in enumerate(zip(runs.n, runs.d, runs.loss)):
         if key in seen:
-            copies.append(f"row {i + 1} repeats row {seen[key] + 1}")
+            copies.append(f"row {numbers[i]} repeats row {numbers[seen[key]]}")
         seen.setdefault(key, i)
     if copies:
         more = f" and {len(copies) - 5} more" if len(copies) > 5 else ""
@@ -184,21 +227,22 @@ def _csv(path: Path, text: str) -> list[dict]:
     return rows
 
 
-def _numbers(path: Path, rows: list[dict], column: str, option: str) -> np.ndarray:
-    """A column as positive finite numbers."""
-    if not any(column in row for row in rows):
-        known = ", ".join(map(str, rows[0]))
+def _numbers(path: Path, rows: list[tuple[int, dict]], column: str, option: str, positive: bool = True) -> np.ndarray:
+    """A column as finite numbers."""
+    if not any(column in row for _, row in rows):
+        known = ", ".join(map(str, rows[0][1]))
         raise ConfigError(f"{path} has no column {column!r} (--{option}); it has {known}.")
     out = np.empty(len(rows))
-    for i, row in enumerate(rows):
+    for i, (place, row) in enumerate(rows):
         value = row.get(column)
         try:
             number = math.nan if isinstance(value, bool) else float(value)
         except (TypeError, ValueError, OverflowError):
             number = math.nan
-        if not (math.isfinite(number) and number > 0):
+        if not (math.isfinite(number) and (number > 0 or not positive)):
+            kind = "a positive finite" if positive else "a finite"
             raise ConfigError(
-                f"{path}: column {column!r} (--{option}), row {i + 1}: {value!r:.60} is not a positive finite number."
+                f"{path}: column {column!r} (--{option}), row {place}: {value!r:.60} is not {kind} number."
             )
         out[i] = number
     return out
