@@ -19,6 +19,7 @@ from linscale.config import ConfigError, Restart
 COMMANDS = {
     "train": ("linscale.training.command", "train one run; the same command again continues it"),
     "ladder": ("linscale.scaling.ladder", "train every run of a recipe, then fit and report (default: a small demo)"),
+    "eval": ("linscale.evaluation.command", "judge checkpoints: the paper's tasks, SCROLLS, needles, loss by position"),
     "fit": ("linscale.scaling.fit", "fit L(C) = a C^b for each architecture of a ladder"),
     "report": ("linscale.scaling.report", "write the report of a ladder as one HTML page and PNG files"),
     "count": ("linscale.scaling.count", "parameters and FLOPs of the paper's models"),

@@ -26,7 +26,8 @@ def config_of(arch: str, args):
     config.model.layers, config.model.width, config.model.ffn = args.layers, args.width, args.width * 2
     config.model.heads = args.heads
     config.model.vocab_size = args.vocab
-    config.model.init_std = 0.06
+    config.model.init_std = args.init_std
+    config.optimizer.weight_decay = args.weight_decay
     config.train.batch, config.train.sequence, config.train.steps = args.batch, 4 * args.pairs, args.steps
     config.optimizer.learning_rate = args.lr
     config.optimizer.schedule = "cosine"
@@ -76,6 +77,8 @@ def main():
     parser.add_argument("--steps", type=int, default=3000)
     parser.add_argument("--every", type=int, default=250)
     parser.add_argument("--lr", type=float, default=2e-3)
+    parser.add_argument("--init-std", type=float, default=0.125)
+    parser.add_argument("--weight-decay", type=float, default=0.0)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", default="")
     args = parser.parse_args()

@@ -4,8 +4,6 @@ Tokens are the harness's own: context and continuation are encoded as it does fo
 adds no special tokens, so that an exported model scored by its HFLM gives the same numbers.
 """
 
-import contextlib
-
 from lm_eval.api.model import TemplateLM
 
 from linscale.config import ConfigError
@@ -20,7 +18,7 @@ class LinscaleLM(TemplateLM):
 
     separator: put the token that stands before each training document before each context. read: tokens that a prompt
     and its generated text may have together; longer prompts lose their left. None: as many as there are (linear
-    models), the scorer's context (softmax models). generate_tokens: of a batch, padding included; 0: the scorer's.
+    models), the scorer's context (softmax models).
     """
 
     def __init__(self, scorer: Scorer, tokenizer, *, separator: bool = False, read: int | None = None):
@@ -43,6 +41,9 @@ class LinscaleLM(TemplateLM):
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **kwargs) -> list[int]:
         prefix = [self.eot_token_id] if self.separator and add_special_tokens is not False else []
         return prefix + self.tokenizer.encode(string).tolist()
+
+    def loglikelihood(self, requests, disable_tqdm: bool = True) -> list[tuple[float, bool]]:
+        return super().loglikelihood(requests, disable_tqdm=True)  # the bar would be that of the tokenizer
 
     def _loglikelihood_tokens(self, requests, disable_tqdm: bool = False, **kwargs) -> list[tuple[float, bool]]:
         scores = self.scorer.score([(context, continuation) for _, context, continuation in requests])
@@ -112,17 +113,3 @@ def _options(options: dict) -> tuple[int, generation.Sampling, list[str]]:
         float(options.get("temperature", 1.0)), int(options.get("top_k", 0) or 0), float(options.get("top_p", 1.0))
     )
     return int(most), sampling, [stop] if isinstance(stop, str) else list(stop)
-
-
-@contextlib.contextmanager
-def quiet_harness():
-    """Keeps the harness's log to warnings; it prints pages otherwise."""
-    import logging
-
-    logger = logging.getLogger("lm_eval")
-    before = logger.level
-    logger.setLevel(logging.ERROR)
-    try:
-        yield
-    finally:
-        logger.setLevel(before)

@@ -4,11 +4,17 @@ The nine carry the harness's names, prompts and metrics; only where their rows c
 they are read from it; without one the harness fetches its own data sets.
 """
 
+import contextlib
 import dataclasses
 import difflib
+import hashlib
 import json
+import logging
+import math
 import os
 from pathlib import Path
+
+import numpy as np
 
 from linscale.config import ConfigError
 from linscale.evaluation import scrolls, task_rows
@@ -87,19 +93,34 @@ def load(names: list[str], data_dir: str | None, limit: int | None = None) -> li
         raise ConfigError(f"--data-dir is {data_dir!r}, which is no folder (from {os.getcwd()}); correct the path.")
     if not names:
         raise ConfigError(f"--tasks is empty; name one or more, as {', '.join(PAPER)}.")
-    local = {name for name in names if data_dir is not None and (name in TASKS or name in scrolls.TASKS)}
-    files = {name: _find(name, Path(data_dir)) for name in names if name in local}  # all of them before any work
-    others = [name for name in names if name not in local]
-    loaded = _from_harness(others) if others else {}
+    files = {name: file_of(name, data_dir) for name in names}  # all of them before any work
+    others = [name for name in names if files[name] is None]
     out = []
-    for name in names:
-        if name in scrolls.TASKS and name in local:
-            out.append(scrolls.build(name, files[name], limit))
-        elif name in local:
-            out.append(_build(name, _read(name, files[name], limit)))
-        else:
-            out.extend(loaded.pop(name))
+    with quiet_harness():
+        loaded = _from_harness(others) if others else {}
+        for name in names:
+            if files[name] is None:
+                out.extend(loaded[name])
+            elif name in scrolls.TASKS:
+                out.append(scrolls.build(name, files[name], limit))
+            else:
+                out.append(_build(name, _read(name, files[name], limit)))
     return out
+
+
+def file_of(name: str, data_dir: str | None) -> Path | None:
+    """The local file that a task is read from; None if the harness fetches it."""
+    known = data_dir is not None and (name in TASKS or name in scrolls.TASKS)
+    return _find(name, Path(data_dir)) if known else None
+
+
+def source_of(name: str, data_dir: str | None) -> str:
+    """The file of a task and a sum of its content, or "harness": what tells one version of the data from another."""
+    path = file_of(name, data_dir)
+    if path is None:
+        return "harness"
+    with open(path, "rb") as file:
+        return f"{path.name} {hashlib.file_digest(file, 'sha256').hexdigest()[:16]}"
 
 
 def _find(name: str, folder: Path) -> Path:
@@ -108,8 +129,8 @@ def _find(name: str, folder: Path) -> Path:
         if (folder / file).is_file():
             return folder / file
     raise ConfigError(
-        f"the task {name} needs {folder / task.files[0]} (or {', '.join(task.files[1:])} beside it), which is missing; "
-        f"it comes from {task.origin}."
+        f"the task {name} needs {folder / task.files[0]} (or, in {folder}, {' or '.join(task.files[1:])}), which is "
+        f"missing; it comes from {task.origin}."
     )
 
 
@@ -213,7 +234,7 @@ def _from_harness(names: list[str]) -> dict[str, list]:
     manager = TaskManager()
     for name in names:
         if name not in manager.all_tasks:
-            close = difflib.get_close_matches(name, [*PAPER, *scrolls.TASKS, *manager.all_tasks], 4, 0.5)
+            close = difflib.get_close_matches(name, {*PAPER, *scrolls.TASKS, *manager.all_tasks}, 4, 0.5)
             hint = f"did you mean {' or '.join(close)}?" if close else f"the paper's are {', '.join(PAPER)}."
             raise ConfigError(f"{name!r} is not a task of the harness; {hint}")
     out = {}
@@ -232,27 +253,61 @@ def _from_harness(names: list[str]) -> dict[str, list]:
     return out
 
 
-def run(lm, tasks: list, limit: int | None = None, bootstrap: int = 0) -> dict:
-    """The harness's result of each task: {task: {metric: value}}, also its samples under "samples"."""
+def run(lm, tasks: list, limit: int | None = None) -> dict[str, dict]:
+    """What the harness finds: {task: {scores, errors, documents, samples}}.
+
+    errors: standard errors over documents, of ratios and exponentials by the delta method (the harness draws bootstrap
+    samples there). samples: the harness's, one a document.
+    """
     from lm_eval import evaluator
     from lm_eval.tasks import TaskManager
-
-    from linscale.evaluation.adapter import quiet_harness
 
     with quiet_harness():
         result = evaluator.simple_evaluate(
             model=lm,
             tasks=tasks,
             limit=limit,
-            bootstrap_iters=bootstrap,
+            bootstrap_iters=0,
             log_samples=True,
             task_manager=TaskManager(include_defaults=False),
         )
-    scores = {}
+    out = {}
     for name, metrics in result["results"].items():
-        scores[name] = {
-            key.removesuffix(",none"): value
+        samples = result["samples"].get(name, [])
+        scores = {
+            key.removesuffix(",none"): float(value)
             for key, value in metrics.items()
-            if isinstance(value, (int, float)) and not key.startswith("alias")
+            if key.endswith(",none") and isinstance(value, (int, float)) and "_stderr" not in key
         }
-    return {"scores": scores, "samples": result["samples"]}
+        errors = {metric: standard_error(metric, value, samples) for metric, value in scores.items()}
+        errors = {metric: error for metric, error in errors.items() if error is not None}
+        out[name] = {"scores": scores, "errors": errors, "documents": len(samples), "samples": samples}
+    return out
+
+
+def standard_error(metric: str, score: float, samples: list[dict]) -> float | None:
+    """Of a task's score over its documents; None where the samples do not say."""
+    values = [sample[metric] for sample in samples if metric in sample]
+    if len(values) < 2:
+        return None
+    if all(isinstance(value, (tuple, list)) and len(value) == 2 for value in values):  # sum a / sum b
+        a, b = np.array(values, np.float64).T
+        residual = a - (a.sum() / b.sum()) * b
+        error = math.sqrt(len(a) / (len(a) - 1) * float(residual @ residual)) / abs(float(b.sum()))
+        return score * error if metric.endswith("perplexity") else error / math.log(2)
+    if not all(isinstance(value, (int, float)) for value in values):
+        return None
+    error = float(np.std(np.array(values, np.float64), ddof=1)) / math.sqrt(len(values))
+    return score * error if metric == "perplexity" else error  # the perplexity is exp(-mean)
+
+
+@contextlib.contextmanager
+def quiet_harness():
+    """Keeps the harness's log to errors; it prints pages otherwise."""
+    logger = logging.getLogger("lm_eval")
+    before = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(before)
