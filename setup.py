@@ -45,7 +45,7 @@ setup(
     extras_require={
         "cuda": ["jax[cuda13]>=0.10"],  # driver 580 or newer; older drivers: pip install 'jax[cuda12]'
         "tpu": ["jax[tpu]>=0.10"],
-        "eval": ["lm-eval>=0.4.9"],
+        "eval": ["lm-eval>=0.4.13", "datasets>=3", "rouge-score>=0.1.2"],
         "hf": ["transformers>=4.45", "safetensors>=0.4"],
         "wandb": ["wandb>=0.18"],
         "test": [
@@ -55,6 +55,8 @@ setup(
             "ruff>=0.9",
             "tensorboard>=2.17",
             "jsonschema>=4.20",
+            "lm-eval>=0.4.13",  # tests/evaluation
+            "rouge-score>=0.1.2",
             "kubernetes>=30",
             "websocket-client>=1.7",  # drives Chromium, where one is installed, through the pages of reports
         ],

@@ -5,8 +5,10 @@ import shutil
 
 import pytest
 
-from linscale import cli
-from linscale.evaluation import results, runs, scoring, table
+pytest.importorskip("lm_eval")
+
+from linscale import cli  # noqa: E402
+from linscale.evaluation import results, runs, scoring, table  # noqa: E402
 
 
 @pytest.fixture
