@@ -1,7 +1,6 @@
-"""What all figures share: colours, markers, style, logarithmic axes, values under the pointer, and saving.
+"""What all figures share: style, logarithmic axes, values under the pointer, and saving.
 
 Every figure is drawn once with matplotlib and saved as PNG, as an SVG file, and as an SVG element that a page inlines.
-One colour and one marker an architecture everywhere (Okabe and Ito's colours, told apart by colour-blind readers).
 The element names its colours as CSS variables, so that the page decides about light and dark, and leaves the font to it.
 """
 
@@ -15,18 +14,9 @@ import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter, NullLocator
 
+from linscale.scaling.appearance import COLOURS, NEUTRALS
 from linscale.scaling.fit import short
 
-LABELS = {"llama": "LLaMA", "tnl": "TNL", "hgrn2": "HGRN2", "cosformer2": "cosFormer2", "hybrid": "Hybrid"}
-COLOURS = {  # light page, dark page
-    "llama": ("#0072b2", "#56b4e9"),
-    "tnl": ("#d55e00", "#ff8f45"),
-    "hgrn2": ("#009e73", "#2fcf9f"),
-    "cosformer2": ("#b0508f", "#e59ac8"),
-    "hybrid": ("#a88400", "#f0d54a"),
-}
-NEUTRALS = {"ink": ("#1c2127", "#e8ebef"), "muted": ("#5c6670", "#a3adb8"), "grid": ("#dfe3e8", "#333b45")}
-MARKERS = {"llama": "o", "tnl": "s", "hgrn2": "^", "cosformer2": "D", "hybrid": "v"}
 INK, MUTED, GRID = (NEUTRALS[name][0] for name in ("ink", "muted", "grid"))
 
 _STYLE = {

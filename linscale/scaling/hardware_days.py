@@ -5,7 +5,8 @@ import dataclasses
 import math
 
 from linscale.config import ConfigError
-from linscale.launch.hardware import Topology, parse
+from linscale.launch.hardware import CHIPS, Topology, parse
+from linscale.scaling.page import Markup, Number, element
 
 DEFAULT = ("h100:8", "h100:256", "v5e:16x16")
 MFU = 0.4  # what a large run should reach; say your own
@@ -54,3 +55,30 @@ def time(days: float) -> str:
         if days < {"seconds": 90 / 86_400, "minutes": 90 / 1440, "hours": 2.0, "days": 1000.0}[unit]:
             return f"{days / size:.3g} {unit}"
     return f"{days / 365.25:.3g} years" if days < 1e9 else f"{days / 365.25:.1e} years"
+
+
+def cell(flops: float, hardware: Hardware) -> Number:
+    """Of a table below a `form`, which changes it."""
+    days = hardware.days(flops)
+    out = Number(time(days), days)
+    out.attributes["data-flops"] = repr(float(flops))
+    return out
+
+
+def form(hardware: Hardware) -> Markup:
+    """The choice of chip, number and utilisation for all cells of days in the same element; begins with `hardware`."""
+    topology = hardware.topology
+    options = []
+    for chip in CHIPS.values():
+        chosen_ = {"selected": ""} if chip == topology.chip else {}
+        label = f"{chip.name} ({chip.peak * chip.devices_per_chip / 1e12:,.0f} TFLOP/s)"
+        options.append(element("option", label, value=f"{chip.peak * chip.devices_per_chip:g}", **chosen_))
+    count = element("input", name="count", type="number", min="1", max="1000000", value=str(topology.chips))
+    share = element("input", name="mfu", type="number", min="1", max="100", step="any", value=f"{100 * hardware.mfu:g}")
+    return element(
+        "form",
+        element("label", "chip", element("select", *options, name="chip")),
+        element("label", "number", count),
+        element("label", "% of peak (MFU)", share),
+        class_="hardware",
+    )

@@ -11,7 +11,9 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
-from linscale.scaling.drawing import COLOURS, NEUTRALS
+from linscale.scaling.appearance import COLOURS, NEUTRALS
+
+VOID = ("input", "br")  # elements without an end
 
 
 class Markup(str):
@@ -22,20 +24,21 @@ def escape(value) -> Markup:
     return value if isinstance(value, Markup) else Markup(html.escape(str(value), quote=True))
 
 
-def element(name: str, *children, **attributes) -> Markup:
+def element(name: str, /, *children, **attributes) -> Markup:
     """element('p', 'a < b', class_='note') -> <p class="note">a &lt; b</p>"""
     listed = "".join(f' {key.rstrip("_")}="{escape(value)}"' for key, value in attributes.items())
-    return Markup(f"<{name}{listed}>{''.join(map(escape, children))}</{name}>")
+    end = "" if name in VOID else f"{''.join(map(escape, children))}</{name}>"
+    return Markup(f"<{name}{listed}>{end}")
 
 
 class Number(Markup):
     """A cell that sorts by its value, whatever it shows."""
 
-    value: float
+    attributes: dict
 
     def __new__(cls, text, value: float):
         cell = super().__new__(cls, escape(text))
-        cell.value = float(value)
+        cell.attributes = {"data-value": repr(float(value))}
         return cell
 
 
@@ -44,17 +47,18 @@ def table(head: Sequence, rows: Sequence[Sequence], words: int = 1, best: Sequen
 
     def cell(kind, value, i, strong=False):
         classes = ("word" if i < words else "number") + (" best" if strong else "")
-        sort = {"data-value": repr(value.value)} if isinstance(value, Number) else {}
+        own = value.attributes if isinstance(value, Number) else {}
         if kind == "th" and value:
             value = element("button", value, type="button")
-        return element(kind, value, class_=classes, **sort)
+        return element(kind, value, class_=classes, **own)
 
     top = element("tr", *(cell("th", value, i) for i, value in enumerate(head)))
     body = [
         element("tr", *(cell("td", value, i, (r, i) in best) for i, value in enumerate(row)))
         for r, row in enumerate(rows)
     ]
-    inner = element("table", element("thead", top), element("tbody", *body), class_="sortable")
+    classes = "sortable" + (" wide" if len(head) > 11 else "")
+    inner = element("table", element("thead", top), element("tbody", *body), class_=classes)
     return element("div", inner, class_="scroll", tabindex="0")
 
 
@@ -81,6 +85,13 @@ def power(value: float, digits: int = 2) -> Number:
     mantissa, exponent = f"{value:.{digits}e}".split("e")
     raised = element("sup", minus(int(exponent)))
     return Number(Markup(f"{mantissa}&#8201;&times;&#8201;10{raised}"), value)
+
+
+def amount(value: float, digits: int = 2) -> Number:
+    """Plain from 0.01 to 10,000, else as power(); digits after the first."""
+    if not 0.01 <= value < 9999.5:
+        return power(value, digits)
+    return Number(f"{value:.{digits + 1}g}" if value < 100 else f"{value:,.0f}", value)
 
 
 def minus(value, digits: int | None = None) -> str:

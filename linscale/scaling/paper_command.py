@@ -189,6 +189,7 @@ def main(argv: list[str]) -> int:
     hardware_days.add_options(parser)
     parser.add_argument("--tables", action="store_true", help="print all tables of the paper instead")
     parser.add_argument("--json", metavar="FILE", help="write laws, crossings, budgets and all tables")
+    parser.add_argument("--report", metavar="DIR", help="write an HTML page and its figures")
     arguments = parser.parse_args(argv)
     for budget in arguments.budget:
         if not (math.isfinite(budget) and 1e-30 < budget < 1e30):
@@ -204,4 +205,8 @@ def main(argv: list[str]) -> int:
             Path(arguments.json).write_text(json.dumps(content, indent=1, allow_nan=False) + "\n", encoding="utf-8")
         except OSError as error:
             raise ConfigError(f"--json {arguments.json} cannot be written: {error.strerror}.") from error
+    if arguments.report:
+        from linscale.scaling import paper_page
+
+        print(paper_page.write(Path(arguments.report), found, hardware))
     return 0

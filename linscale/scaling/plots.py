@@ -4,7 +4,8 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from linscale.scaling import laws
-from linscale.scaling.drawing import COLOURS, INK, LABELS, MARKERS, MUTED, decades, hover, loss_axis, styled
+from linscale.scaling.appearance import COLOURS, LABELS, MARKERS
+from linscale.scaling.drawing import INK, MUTED, decades, hover, loss_axis, styled
 from linscale.scaling.fit import short
 from linscale.scaling.runs import Curve, Run, compute
 

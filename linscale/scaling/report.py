@@ -10,7 +10,8 @@ from pathlib import Path
 
 from linscale.config import Config, ConfigError
 from linscale.scaling import laws, paper, plots, runs
-from linscale.scaling.drawing import LABELS, Drawn, save
+from linscale.scaling.appearance import LABELS
+from linscale.scaling.drawing import Drawn, save
 from linscale.scaling.fit import COMPUTE_NAMES, LOSS_NAMES, add_options, as_json, as_text, chosen, short
 from linscale.scaling.flops import PF_DAY
 from linscale.scaling.page import Markup, Number, chip, element, escape, figure, minus, page, power, table

@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 from synthetic_ladder import SHAPES, rung, write_ladder, write_run
 
 from linscale.config import ConfigError
-from linscale.scaling import drawing, paper, plots, report, runs
+from linscale.scaling import appearance, drawing, paper, plots, report, runs
 
 VOID = {"meta", "br", "hr", "img", "input", "link"}
 
@@ -112,7 +112,7 @@ def test_figures_follow_the_page_theme(html):
     """Colours are CSS variables that both themes define."""
     figures = "".join(re.findall(r"<svg.*?</svg>", html, flags=re.DOTALL))
     assert len(re.findall(r'<svg[^>]*role="img"', html)) == 7
-    assert set(re.findall(r"var\(--(\w+)\)", figures)) <= {"font", *drawing.COLOURS, *drawing.NEUTRALS}
+    assert set(re.findall(r"var\(--(\w+)\)", figures)) <= {"font", *appearance.COLOURS, *appearance.NEUTRALS}
     assert not re.search(r"(fill|stroke): #(?!ffffff)", figures), "a colour that does not change with the theme"
     assert "prefers-color-scheme:dark" in html and "@media print" in html
     assert "DejaVu" not in figures
@@ -187,9 +187,9 @@ def test_a_folder_that_cannot_be_written_is_named(tmp_path):
 
 
 def test_one_colour_and_marker_an_architecture():
-    assert set(drawing.COLOURS) == set(drawing.MARKERS) == set(drawing.LABELS)
-    for values in (drawing.MARKERS.values(), *zip(*drawing.COLOURS.values())):
-        assert len(set(values)) == len(drawing.LABELS)
+    assert set(appearance.COLOURS) == set(appearance.MARKERS) == set(appearance.LABELS)
+    for values in (appearance.MARKERS.values(), *zip(*appearance.COLOURS.values())):
+        assert len(set(values)) == len(appearance.LABELS)
 
 
 def test_curves_are_thinned_without_their_ends(folder):

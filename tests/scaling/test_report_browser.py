@@ -3,12 +3,12 @@
 import io
 
 import chromium
-import matplotlib.image
 import numpy as np
+import PIL.Image
 import pytest
 from synthetic_ladder import write_ladder
 
-from linscale.scaling import drawing, report
+from linscale.scaling import appearance, paper_command, report
 
 pytestmark = pytest.mark.skipif(
     chromium.program() is None, reason="no Chromium is installed: `apt-get install chromium` runs these tests"
@@ -24,20 +24,24 @@ def page(tmp_path_factory):
 @pytest.fixture(scope="module")
 def files(tmp_path_factory):
     """A page of every kind."""
-    return {"ladder": report.write(write_ladder(tmp_path_factory.mktemp("pages") / "ladder"))}
+    folder = tmp_path_factory.mktemp("pages")
+    assert paper_command.main(["--report", str(folder / "paper")]) == 0
+    return {"ladder": report.write(write_ladder(folder / "ladder")), "paper": folder / "paper" / "index.html"}
 
 
-KINDS = ("ladder",)
+KINDS = ("ladder", "paper")
 COLUMN = """(column, table) => [...document.querySelectorAll('table')[table].tBodies[0].rows].map(
     row => row.cells[column].dataset.value ?? row.cells[column].textContent.trim())"""
 
 
-def pixels(page) -> np.ndarray:
-    return (matplotlib.image.imread(io.BytesIO(page.screenshot()))[..., :3] * 255).round().astype(int)
+def colours(page) -> np.ndarray:
+    """Of the whole page, [height, width], 0xrrggbb."""
+    shown = np.asarray(PIL.Image.open(io.BytesIO(page.screenshot())).convert("RGB"), np.uint32)
+    return shown[..., 0] << 16 | shown[..., 1] << 8 | shown[..., 2]
 
 
-def rgb(colour: str) -> np.ndarray:
-    return np.array([int(colour[i : i + 2], 16) for i in (1, 3, 5)])
+def code(colour: str) -> int:
+    return int(colour[1:], 16)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -45,12 +49,12 @@ def rgb(colour: str) -> np.ndarray:
 def test_opens_without_network_or_complaints_and_shows_its_figures(page, files, kind, dark):
     page.open(files[kind], dark=dark)
     assert page.complaints == [] and page.requests == [files[kind].as_uri()]
-    shown = pixels(page)
-    assert abs(shown[2, 2] - rgb("#14181d" if dark else "#ffffff")).max() == 0
-    present = [name for name in drawing.COLOURS if page.evaluate(f"!!document.querySelector('svg [style*={name}]')")]
+    shown = colours(page)
+    assert shown[2, 2] == code("#14181d" if dark else "#ffffff")
+    present = [name for name in appearance.COLOURS if page.evaluate(f"!!document.querySelector('svg [style*={name}]')")]
     assert present
     for name in present:
-        assert (abs(shown - rgb(drawing.COLOURS[name][dark])).max(-1) < 3).sum() > 100, name
+        assert (shown == code(appearance.COLOURS[name][dark])).sum() > 100, name
     boxes = page.evaluate("[...document.querySelectorAll('figure svg')].map(e => [e.clientWidth, e.clientHeight])")
     assert boxes and min(min(box) for box in boxes) > 150
 
@@ -124,9 +128,35 @@ def test_values_show_under_the_pointer_and_by_keys(page, files, kind):
 @pytest.mark.parametrize("kind", KINDS)
 def test_print_is_light_and_hides_what_needs_a_pointer(page, files, kind):
     page.open(files[kind], dark=True, media="print", width=794)
-    assert abs(pixels(page)[2, 2] - 255).max() == 0
+    assert colours(page)[2, 2] == 0xFFFFFF
     assert page.evaluate("getComputedStyle(document.body).color") == "rgb(28, 33, 39)"
     wide = page.evaluate("[...document.querySelectorAll('.scroll')].map(e => e.firstChild.scrollWidth - e.clientWidth)")
     assert max(wide) <= 0, "a table runs off the paper"
     content = page.pdf()
     assert content.startswith(b"%PDF") and len(content) > 20_000
+
+
+def test_days_follow_the_chosen_hardware(page, files):
+    """10 PFLOP/s-days on 100 v5p (459 TFLOP/s) at half the peak."""
+    page.open(files["paper"])
+    before = page.evaluate("document.querySelector('[data-flops]').textContent")
+    set_ = "e.value = {}; e.dispatchEvent(new Event('input', {{bubbles: true}}));"
+    page.evaluate(
+        "(() => { const f = document.querySelector('form.hardware').elements; let e = f.chip;"
+        + set_.format("[...f.chip.options].find(o => o.text.startsWith('v5p')).value")
+        + "e = f.count;"
+        + set_.format("'100'")
+        + "e = f.mfu;"
+        + set_.format("'50'")
+        + "})()"
+    )
+    cells = page.evaluate("[...document.querySelectorAll('[data-flops]')].map(e => [e.dataset.flops, e.dataset.value])")
+    for flops, days in cells:
+        assert float(days) == pytest.approx(float(flops) / (100 * 459e12 * 0.5) / 86_400, rel=1e-3)
+    assert page.evaluate("document.querySelector('[data-flops]').textContent") != before
+    page.evaluate(
+        "(() => { const e = document.querySelector('form.hardware').elements.mfu;" + set_.format("'0'") + "})()"
+    )
+    assert page.evaluate("document.querySelector('[data-flops]').dataset.value") == cells[0][1], (
+        "nonsense changes nothing"
+    )
