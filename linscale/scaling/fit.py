@@ -5,6 +5,7 @@ The envelope law (laws.py) is the default for ladders; the forms of L(N, D) are 
 
 import argparse
 import json
+import math
 from pathlib import Path
 
 from linscale.config import ConfigError
@@ -41,18 +42,34 @@ def as_json(ladder: runs.Ladder, fits: dict[str, laws.Fit], notes: list[str], op
                     "run": list(fit.best),
                     "law_low": fit.band[0].tolist(),
                     "law_high": fit.band[1].tolist(),
+                    "n": [float(n) if n == n else None for n in fit.n_opt.points],
+                    "d": [float(d) if d == d else None for d in fit.d_opt.points],
                 },
+                "n_opt": power_as_json(fit.n_opt, published and published.parameters),
+                "d_opt": power_as_json(fit.d_opt, published and published.tokens),
             }
         )
     return {
         "form": "L(C) = a C^b",
         "method": "lower envelope of training curves, least squares in logarithms, bootstrap over runs",
         "loss": {"kind": options.loss, "unit": "nats per token"},
+        "bins_per_decade": options.bins,
+        "smoothing_decades": options.window,
+        "skipped_share": options.skip,
         "compute": {"accounting": options.compute, "unit": "PFLOP/s-days"},
         "parameters": "non-embedding, exact",
         "seed": options.seed,
         "fits": results,
         "warnings": notes,
+    }
+
+
+def power_as_json(law: laws.Power, published: paper.PowerLaw | None) -> dict:
+    return {
+        "coefficient": law.coefficient,
+        "exponent": law.exponent,
+        "intervals": {"coefficient": list(law.coefficient_interval), "exponent": list(law.exponent_interval)},
+        "paper": published and {"coefficient": published.coefficient, "exponent": published.exponent},
     }
 
 
@@ -77,6 +94,23 @@ def as_text(ladder: runs.Ladder, fits: dict[str, laws.Fit], notes: list[str], op
             f"{interval(fit.a_interval):>18}  {fit.b:>8.4f}  {interval(fit.b_interval):>18}"
             f"  {theirs[0]:>8}  {theirs[1]:>8}"
         )
+    lines += ["", "Of the run on the envelope: N_opt(C) = coefficient C^exponent, D_opt(C) likewise.", ""]
+    lines.append(
+        f"{'arch':<10}  {'':>5}  {'coefficient':>11}  {'95 %':>22}  {'exponent':>8}  {'95 %':>18}  {'paper':>17}"
+    )
+    lines.append("-" * len(lines[-1]))
+    for arch, fit in fits.items():
+        published = paper.laws(arch)
+        for name, law, theirs in (
+            ("N_opt", fit.n_opt, published and published.parameters),
+            ("D_opt", fit.d_opt, published and published.tokens),
+        ):
+            low, high = law.coefficient_interval
+            lines.append(
+                f"{arch:<10}  {name:>5}  {law.coefficient:>11.4g}  {f'[{low:.3g}, {high:.3g}]':>22}  {law.exponent:>8.4f}"
+                f"  {interval(law.exponent_interval):>18}"
+                f"  {f'{theirs.coefficient:.3g} C^{theirs.exponent:.4f}' if theirs else '':>17}"
+            )
     lines += ["", "The paper's a is per token of its own tokenizer and corpus; compare b rather than a."]
     return "\n".join(lines + [f"Note: {note}" for note in notes])
 
@@ -115,7 +149,15 @@ def chosen(options: argparse.Namespace) -> laws.Options:
         raise ConfigError(f"--resamples is {options.resamples}; it must lie between 1 and 1000000.")
     if options.seed < 0:
         raise ConfigError(f"--seed is {options.seed}; it must be at least 0.")
-    return laws.Options(options.loss, options.compute, options.resamples, options.seed)
+    smoothing, bins = getattr(options, "smoothing", None), getattr(options, "bins", laws.BINS_PER_DECADE)
+    if smoothing is not None and not (math.isfinite(smoothing) and 0 <= smoothing <= 1):
+        raise ConfigError(f"--smoothing is {smoothing}; it must lie between 0 (none) and 1 decade of compute.")
+    if not 1 <= bins <= 1000:
+        raise ConfigError(f"--bins is {bins}; it must lie between 1 and 1000 bins a decade of compute.")
+    skip = getattr(options, "skip", laws.SKIP_SHARE)
+    if not 0 <= skip < 1:
+        raise ConfigError(f"--skip is {skip}; it must be at least 0 and below 1, the share of each run left out.")
+    return laws.Options(options.loss, options.compute, options.resamples, options.seed, smoothing, bins, skip)
 
 
 def add_form_options(parser: argparse.ArgumentParser) -> None:
@@ -130,6 +172,12 @@ def add_form_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--unique", metavar="COLUMN", help="of the unique tokens, for data-constrained")
     parser.add_argument("--where", nargs="+", default=[], metavar="COLUMN=VALUE", help="only these rows; VALUE,VALUE")
     parser.add_argument("--group", metavar="COLUMN", help="a law for each value of it, e.g. the architecture")
+    parser.add_argument("--run", metavar="COLUMN", help="envelope of a file: which curve a row belongs to (run, name)")
+    parser.add_argument("--smoothing", type=float, metavar="DECADES", help="envelope: of C, sd of the window (0.05)")
+    parser.add_argument("--bins", type=int, default=laws.BINS_PER_DECADE, help="envelope: bins a decade of C (10)")
+    parser.add_argument(
+        "--skip", type=float, default=laws.SKIP_SHARE, help="envelope: share of each run left out (0.1)"
+    )
     parser.add_argument("--joint", action="store_true", help="do the groups share their exponents, or the whole law?")
     parser.add_argument("--profile", action="store_true", help="also intervals by profile likelihood")
     parser.add_argument("--task", nargs="+", default=[], metavar="COLUMN", help="accuracy or error, a law of the loss")
@@ -164,12 +212,23 @@ def main(argv: list[str]) -> int:
         from linscale.scaling import fit_forms
 
         return fit_forms.main(arguments)
+    _only_for_forms(arguments)
     if file:
-        raise ConfigError(f"--form envelope needs training curves, and {file} is a file; use --form chinchilla.")
+        from linscale.scaling import fit_curves
+
+        return fit_curves.main(arguments)
     arguments.loss = arguments.loss or "heldout"
     if arguments.loss not in laws.LOSSES:
         raise ConfigError(f"--loss is {arguments.loss!r}; for the envelope it must be {' or '.join(laws.LOSSES)}.")
     return envelope(arguments)
+
+
+def _only_for_forms(arguments) -> None:
+    for option in ("budget", "backtest", "drop_worst", "unique", "task", "joint", "profile"):
+        if getattr(arguments, option):
+            raise ConfigError(
+                f"--{option.replace('_', '-')} is for laws L(N, D), as --form chinchilla; not the envelope."
+            )
 
 
 def _check_target(target: Path, table: str | None) -> None:

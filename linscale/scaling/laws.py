@@ -1,19 +1,25 @@
-"""The law L(C) = a C^b of an architecture, from the lower envelope of its training curves, with intervals.
+"""The laws L(C) = a C^b, N_opt(C) and D_opt(C) of an architecture, from the lower envelope of its training curves.
 
 Approach 1 of Hoffmann et al. (arXiv 2203.15556), as in the paper; what the paper leaves unsaid is fixed here:
 
 1. **Curves.** Held-out loss (default) or training loss of each finished run against compute C in PFLOP/s-days. Points
    up to twice the warm-up are left out, and so is the first SKIP_SHARE of a run's tokens: there a model is learning
-   what every model learns, and the loss says nothing of its size.
+   what every model learns, and the loss says nothing of its size. If most runs come onto the envelope where they
+   begin to speak, this rule and not the loss chooses the sizes; Fit.late says so.
 2. **Bins.** C is cut into BINS_PER_DECADE bins a decade; a bin's loss is the run's curve at the centre of the bin.
    Held-out loss: linear interpolation of log L in log C. Training loss is noisy, and a minimum of noisy values is too
    low: it is smoothed by a local straight line of log L in log C with Gaussian weights of sd SMOOTHING decades.
+   Both numbers are options; smoothing 0 is linear interpolation.
    No extrapolation: a run speaks only for the bins it has passed through.
 3. **Envelope.** The least loss of any run in each bin, from the compute at which a second run begins to speak (or the
    first ends, if that is earlier): before, a smaller model than any that was trained would be better, and the only
    run's loss is too high for its compute, which would make b too steep. A bin whose loss was reached with less
    compute is no envelope and left out: there the better run has ended and the larger one has not yet caught up.
-4. **Law.** Least squares of log L on log C over the bins, each bin with equal weight. No irreducible loss.
+4. **Laws.** Least squares of log L on log C over the bins, each bin with equal weight. No irreducible loss. N_opt and
+   D_opt in the same way, from the size of the run on the envelope and the tokens that it has seen there, over the
+   bins where that is neither the smallest nor the largest size: at the ends a size that was not trained might have
+   been better, which makes N_opt too flat (measured: 0.456 where 0.5 was planted). If fewer than MIN_BINS bins are
+   left, all are taken and Fit.ends_taken says so. With few sizes N_opt is a staircase and says little.
 5. **Intervals.** The runs of the architecture are drawn again with replacement, and 3 and 4 repeated. A draw whose
    envelope has fewer than MIN_BINS bins cannot be fitted; it is counted as failed and left out. Percentiles 2.5 and
    97.5 of the others. With n runs there are few different draws, so that the intervals of few runs are rather too
@@ -36,6 +42,8 @@ SKIP_SHARE = 0.1  # of a run's tokens
 SMOOTHING = 0.05  # decades of compute
 MIN_BINS = 4
 MIN_RUNS = 2
+ENDS_TAKEN = "N_opt and D_opt of {} rest on its smallest and largest size too, so they are too flat; train more sizes."
+LATE = "Most runs of {} are best where they begin to speak: sizes are chosen by the share of a run that is left out."
 LOSSES = ("heldout", "train")
 
 
@@ -45,6 +53,41 @@ class Options:
     compute: str = "exact"  # exact | paper
     resamples: int = 1000
     seed: int = 0
+    smoothing: float | None = None  # decades of compute; None: none for held-out loss, SMOOTHING for training loss
+    bins: int = BINS_PER_DECADE
+    skip: float = SKIP_SHARE
+
+    @property
+    def window(self) -> float:
+        if self.smoothing is not None:
+            return self.smoothing
+        return 0.0 if self.loss == "heldout" else SMOOTHING
+
+
+@dataclasses.dataclass(frozen=True)
+class Curve:
+    """A training curve as the envelope takes it; float64 arrays of one length, compute increasing."""
+
+    name: str
+    n: float  # parameters
+    compute: np.ndarray  # PFLOP/s-days
+    tokens: np.ndarray
+    loss: np.ndarray  # nats per token
+
+
+@dataclasses.dataclass(frozen=True)
+class Power:
+    """y = coefficient C^exponent through the points of the envelope."""
+
+    coefficient: float
+    exponent: float
+    coefficient_interval: tuple[float, float]  # 95 %
+    exponent_interval: tuple[float, float]
+    points: np.ndarray  # [G]
+    band: np.ndarray  # [2, G] 95 % of the law
+
+    def __call__(self, compute):
+        return self.coefficient * compute**self.exponent
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,6 +107,10 @@ class Fit:
     runs: tuple[str, ...]  # fitted
     draws: int
     failed: int  # draws that could not be fitted
+    n_opt: Power  # parameters; NaN among the points where the bin has no part in it
+    d_opt: Power  # tokens
+    ends_taken: bool  # N_opt and D_opt rest on the smallest and largest size, too
+    late: bool  # most runs come onto the envelope in the first bin in which they speak
 
     def __call__(self, compute):
         return self.a * compute**self.b
@@ -92,97 +139,166 @@ def fit_ladder(ladder: runs_.Ladder, options: Options = Options()) -> tuple[dict
             continue
         if len(finished) < 4:
             notes.append(f"{arch} has only {len(finished)} finished runs: its intervals cannot be trusted.")
+        if fits[arch].ends_taken:
+            notes.append(ENDS_TAKEN.format(arch))
+        if fits[arch].late:
+            notes.append(LATE.format(arch))
         if failed := fits[arch].failed:
             notes.append(f"{failed} of {options.resamples} draws of the runs of {arch} could not be fitted.")
     return fits, notes
 
 
 def fit_runs(group: list[runs_.Run], options: Options = Options()) -> Fit:
-    """The law of the finished runs of one architecture. Raises ConfigError if their curves are too short."""
-    grid_G, loss_RG = curves_in_bins(group, options)
+    """The laws of the finished runs of one architecture, N without embedding. Raises ConfigError for short curves."""
+    return fit_curves(group[0].arch, [_curve(run, options) for run in group], options)
+
+
+def fit_curves(arch: str, group: list[Curve], options: Options = Options()) -> Fit:
+    """The laws of the curves of one architecture. Raises ConfigError if they are too short."""
+    grid_G, loss_RG, tokens_RG = curves_in_bins(group, options)
     everyone = np.ones((1, len(group)), bool)
     covered_G = np.isfinite(envelopes(loss_RG, everyone)[0])
     if covered_G.sum() < MIN_BINS:
         raise ConfigError(
-            f"{group[0].arch} cannot be fitted: the envelope of its {options.loss} curves has {covered_G.sum()} bins of "
-            f"{1 / BINS_PER_DECADE:g} decade of compute; {MIN_BINS} are needed, so train longer or evaluate more often."
+            f"{arch} cannot be fitted: the envelope of its {options.loss} curves has {covered_G.sum()} bins of "
+            f"{1 / options.bins:g} decade of compute; {MIN_BINS} are needed, so train longer or evaluate more often."
         )
-    grid_G, loss_RG = grid_G[covered_G], loss_RG[:, covered_G]
-    envelope_G = envelopes(loss_RG, everyone)[0]
-    (intercept,), (b,) = least_squares(grid_G, envelope_G[None])
-
+    grid_G, loss_RG, tokens_RG = grid_G[covered_G], loss_RG[:, covered_G], tokens_RG[:, covered_G]
     draw = np.random.default_rng(options.seed).integers(0, len(group), (options.resamples, len(group)))
     chosen_SR = np.zeros(draw.shape, bool)
     np.put_along_axis(chosen_SR, draw, True, axis=1)  # a minimum does not care how often a run is drawn
-    intercept_S, b_S = least_squares(grid_G, envelopes(loss_RG, chosen_SR))
-    good_S = np.isfinite(b_S)
-    intercept_S, b_S = intercept_S[good_S], b_S[good_S]
+    chosen_SR = np.concatenate([everyone, chosen_SR])
+    envelope_SG = envelopes(loss_RG, chosen_SR)
+    best_SG = _best(loss_RG, chosen_SR)
+    log_n_R = np.log10([curve.n for curve in group])
+    inside_SG = np.isfinite(envelope_SG) & _between(log_n_R, chosen_SR, best_SG)
+    if ends_taken := bool(inside_SG[0].sum() < MIN_BINS):
+        inside_SG = np.isfinite(envelope_SG)
+    gap_SG = np.where(inside_SG, 0.0, np.inf)
+    tokens_SG = tokens_RG[best_SG, np.arange(len(grid_G))]
+    law, n_opt, d_opt = (_power(grid_G, y_SG) for y_SG in (envelope_SG, log_n_R[best_SG] + gap_SG, tokens_SG + gap_SG))
+    slope_S = least_squares(grid_G, envelope_SG[1:])[1]
+    return Fit(
+        arch=arch,
+        a=law.coefficient,
+        b=law.exponent,
+        a_interval=law.coefficient_interval,
+        b_interval=law.exponent_interval,
+        compute=10**grid_G,
+        envelope=law.points,
+        best=tuple(group[i].name for i in best_SG[0]),
+        band=law.band,
+        rms=float(np.sqrt(np.mean(np.log(law.points / law(10**grid_G)) ** 2))),
+        runs=tuple(curve.name for curve in group),
+        draws=options.resamples,
+        failed=int((~np.isfinite(slope_S)).sum()),
+        n_opt=n_opt,
+        d_opt=d_opt,
+        ends_taken=ends_taken,
+        late=_late(loss_RG, best_SG[0]),
+    )
+
+
+def _late(loss_RG, best_G) -> bool:
+    at = np.flatnonzero(np.diff(best_G)) + 1  # where another run takes over
+    first_R = np.isfinite(loss_RG).argmax(1)
+    return bool(len(at) and np.mean(first_R[best_G[at]] == at) > 0.5)
+
+
+def _between(log_n_R, chosen_SR, best_SG) -> np.ndarray:
+    """[S, G] whether the best run is neither of the smallest nor of the largest size of those chosen."""
+    low_S = np.where(chosen_SR, log_n_R, np.inf).min(1)
+    high_S = np.where(chosen_SR, log_n_R, -np.inf).max(1)
+    return (log_n_R[best_SG] > low_S[:, None] + 1e-9) & (log_n_R[best_SG] < high_S[:, None] - 1e-9)
+
+
+def _best(loss_RG: np.ndarray, chosen_SR: np.ndarray) -> np.ndarray:
+    """[S, G] which of the chosen runs has the least loss."""
+    least_SG = np.full((len(chosen_SR), loss_RG.shape[1]), np.inf)
+    best_SG = np.zeros(least_SG.shape, int)
+    for i, (chosen_S, row_G) in enumerate(zip(chosen_SR.T, loss_RG)):
+        better_SG = chosen_S[:, None] & (row_G < least_SG)
+        least_SG, best_SG = np.where(better_SG, row_G, least_SG), np.where(better_SG, i, best_SG)
+    return best_SG
+
+
+def _power(grid_G: np.ndarray, y_SG: np.ndarray) -> Power:
+    """Of the first row, with intervals from the others; y and grid in log10, inf where a row has no point."""
+    (intercept, *intercept_S), (slope, *slope_S) = least_squares(grid_G, y_SG)
+    intercept_S, slope_S = np.array(intercept_S), np.array(slope_S)
+    good_S = np.isfinite(slope_S)
+    intercept_S, slope_S = intercept_S[good_S], slope_S[good_S]
 
     def interval(values):
         if not len(values):
             return np.full((2, *values.shape[1:]), np.nan)
         return np.percentile(values, [2.5, 97.5], axis=0)
 
-    return Fit(
-        arch=group[0].arch,
-        a=float(10**intercept),
-        b=float(b),
-        a_interval=tuple(map(float, 10 ** interval(intercept_S))),
-        b_interval=tuple(map(float, interval(b_S))),
-        compute=10**grid_G,
-        envelope=10**envelope_G,
-        best=tuple(group[i].name for i in np.argmin(loss_RG, axis=0)),
-        band=10 ** interval(intercept_S[:, None] + b_S[:, None] * grid_G),
-        rms=float(np.sqrt(np.mean((envelope_G - intercept - b * grid_G) ** 2)) * np.log(10)),
-        runs=tuple(run.name for run in group),
-        draws=options.resamples,
-        failed=int((~good_S).sum()),
+    return Power(
+        coefficient=float(10**intercept),
+        exponent=float(slope),
+        coefficient_interval=tuple(map(float, 10 ** interval(intercept_S))),
+        exponent_interval=tuple(map(float, interval(slope_S))),
+        points=np.where(np.isfinite(y_SG[0]), 10 ** np.where(np.isfinite(y_SG[0]), y_SG[0], 0.0), np.nan),
+        band=10 ** interval(intercept_S[:, None] + slope_S[:, None] * grid_G),
     )
 
 
-def curves_in_bins(group: list[runs_.Run], options: Options) -> tuple[np.ndarray, np.ndarray]:
-    """log10 of the bin centres [G] and of every run's loss there [R, G], inf where a run does not speak."""
-    curves = [usable_curve(run, options) for run in group]
-    ends = [x for log_compute, _, start in curves if len(log_compute) for x in (start, log_compute[-1])]
+def curves_in_bins(group: list[Curve], options: Options) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """log10 of the bin centres [G], of every run's loss [R, G], inf where it does not speak, and of its tokens there."""
+    usable = [_usable(curve, options.skip) for curve in group]
+    ends = [x for log_compute, _, _, start in usable if len(log_compute) for x in (start, log_compute[-1])]
     if not ends:
-        return np.empty(0), np.empty((len(group), 0))
+        return np.empty(0), *np.empty((2, len(group), 0))
     # Centres are multiples of the bin width, so that all architectures share them.
-    first, last = np.floor(min(ends) * BINS_PER_DECADE), np.ceil(max(ends) * BINS_PER_DECADE)
-    grid_G = np.arange(first, last + 1) / BINS_PER_DECADE
+    first, last = np.floor(min(ends) * options.bins), np.ceil(max(ends) * options.bins)
+    grid_G = np.arange(first, last + 1) / options.bins
     loss_RG = np.full((len(group), len(grid_G)), np.inf)
-    for row_G, (log_compute, log_loss, start) in zip(loss_RG, curves):
+    tokens_RG = np.zeros(loss_RG.shape)
+    for row_G, seen_G, (log_compute, log_loss, log_tokens, start) in zip(loss_RG, tokens_RG, usable):
         if len(log_compute) < 2:
             continue
         inside_G = (grid_G >= start) & (grid_G <= log_compute[-1])
-        if options.loss == "heldout":
-            row_G[inside_G] = np.interp(grid_G[inside_G], log_compute, log_loss)
+        seen_G[:] = np.interp(grid_G, log_compute, log_tokens)
+        if options.window:
+            row_G[inside_G] = local_line(grid_G[inside_G], log_compute, log_loss, options.window)
         else:
-            row_G[inside_G] = local_line(grid_G[inside_G], log_compute, log_loss)
-    return grid_G, loss_RG
+            row_G[inside_G] = np.interp(grid_G[inside_G], log_compute, log_loss)
+    return grid_G, loss_RG, tokens_RG
+
+
+def _curve(run: runs_.Run, options: Options) -> Curve:
+    curve = run.heldout if options.loss == "heldout" else run.train
+    compute = runs_.compute(run, curve, options.compute)
+    after = curve.tokens > 2 * run.config.optimizer.warmup_tokens
+    return Curve(run.name, run.parameters.nonembedding, compute[after], curve.tokens[after], curve.loss[after])
 
 
 def usable_curve(run: runs_.Run, options: Options) -> tuple[np.ndarray, np.ndarray, float]:
     """log10 C and log10 L after the warm-up, and the log10 C from which the run speaks (rule 1 above)."""
-    curve = run.heldout if options.loss == "heldout" else run.train
-    compute = runs_.compute(run, curve, options.compute)
-    after = curve.tokens > 2 * run.config.optimizer.warmup_tokens
-    log_compute, log_loss = np.log10(compute[after]), np.log10(curve.loss[after])
-    if not len(log_compute):
-        return log_compute, log_loss, np.inf
-    start = np.log10(compute[-1] * SKIP_SHARE)  # compute grows in proportion to tokens within a run
-    return log_compute, log_loss, float(max(start, log_compute[0]))
+    log_compute, log_loss, _, start = _usable(_curve(run, options), options.skip)
+    return log_compute, log_loss, start
 
 
-def local_line(at: np.ndarray, x: np.ndarray, y: np.ndarray) -> np.ndarray:
+def _usable(curve: Curve, skip: float) -> tuple[np.ndarray, np.ndarray, np.ndarray, float]:
+    """log10 C, L and tokens, and the log10 C from which the run speaks."""
+    columns = tuple(map(np.log10, (curve.compute, curve.loss, curve.tokens)))
+    if not len(curve.compute):
+        return *columns, np.inf
+    start = np.log10(max(curve.compute[-1] * skip, 1e-300))  # compute grows in proportion to tokens within a run
+    return *columns, float(max(start, columns[0][0]))
+
+
+def local_line(at: np.ndarray, x: np.ndarray, y: np.ndarray, width: float = SMOOTHING) -> np.ndarray:
     """y smoothed at `at`: a straight line with Gaussian weights about each place, so that the ends are not biased."""
-    weight = np.exp(-0.5 * ((at[:, None] - x) / SMOOTHING) ** 2)
+    weight = np.exp(-0.5 * ((at[:, None] - x) / width) ** 2)
     weight /= np.maximum(weight.sum(1, keepdims=True), 1e-300)
     mean_x, mean_y = weight @ x, weight @ y
     spread = (weight * (x - mean_x[:, None]) ** 2).sum(1)
     slope = (weight * (x - mean_x[:, None]) * y).sum(1) / np.maximum(spread, 1e-12)
     smooth = mean_y + slope * (at - mean_x)
     # Between points further apart than the window (sparse logs) the line rests on one point: interpolate instead.
-    return np.where(spread > (0.3 * SMOOTHING) ** 2, smooth, np.interp(at, x, y))
+    return np.where(spread > (0.3 * width) ** 2, smooth, np.interp(at, x, y))
 
 
 def envelopes(loss_RG: np.ndarray, chosen_SR: np.ndarray) -> np.ndarray:

@@ -40,7 +40,23 @@ def read(path: str | Path, columns: Columns) -> tuple[Runs, list[str]]:
 
 def read_groups(path: str | Path, columns: Columns, group: str | None = None) -> dict[str, tuple[Runs, list[str]]]:
     """The same by the values of a column, in the order of the file; one group named "" without a column."""
-    path = Path(path)
+    return {
+        name: (runs, notes + doubts(runs, rows, numbers))
+        for name, (runs, notes, rows, numbers) in _groups(Path(path), columns, group).items()
+    }
+
+
+def read_points(
+    path: str | Path, columns: Columns, group: str | None = None
+) -> dict[str, tuple[Runs, list, list[dict]]]:
+    """Points of training curves, each a row: table, notes and the rows themselves, by group."""
+    out = {}
+    for name, (points, notes, rows, _) in _groups(Path(path), columns, group).items():
+        out[name] = points, notes + _tokenizers(rows) + _units(points), rows
+    return out
+
+
+def _groups(path: Path, columns: Columns, group: str | None) -> dict[str, tuple[Runs, list, list[dict], list[int]]]:
     rows = _chosen(path, _rows(path), columns.where)
     if group is None:
         return {"": _table(path, rows, columns)}
@@ -75,7 +91,7 @@ def _comparable(value):
         return str(value).strip()
 
 
-def _table(path: Path, rows: list[tuple[int, dict]], columns: Columns) -> tuple[Runs, list[str]]:
+def _table(path: Path, rows: list[tuple[int, dict]], columns: Columns) -> tuple[Runs, list, list[dict], list[int]]:
     if not columns.n or not columns.loss or not (columns.d or columns.flops):
         raise ConfigError(
             f"{path} needs --n, --loss, and --d or --flops with names of its columns: {', '.join(map(str, rows[0][1]))}."
@@ -95,7 +111,7 @@ def _table(path: Path, rows: list[tuple[int, dict]], columns: Columns) -> tuple[
         n_name=columns.n,
         tasks={name: _numbers(path, rows, name, "task", positive=False) for name in columns.tasks},
     )
-    return runs, doubts(runs, [row for _, row in rows], [number for number, _ in rows])
+    return runs, [], [row for _, row in rows], [number for number, _ in rows]
 
 
 def from_ladder(ladder: runs_.Ladder, size: str) -> tuple[dict[str, Runs], list[str]]:
@@ -139,15 +155,10 @@ def doubts(runs: Runs, rows: list[dict] = (), numbers: list[int] = ()) -> list[s
     if copies:
         more = f" and {len(copies) - 5} more" if len(copies) > 5 else ""
         notes.append(f"Duplicated runs: {', '.join(copies[:5])}{more}; all are counted, so intervals are too narrow.")
-    for names, what in ((TOKENIZERS, "tokenizers"), (SCHEDULES, "")):
-        values = {str(value) for row in rows if (value := _first(row, names)) not in (None, "")}
-        if what and len(values) > 1:
-            notes.append(
-                f"The runs use different tokenizers ({', '.join(sorted(values)[:4])}): their losses per token are not "
-                "comparable; fit them apart, or bits per byte."
-            )
-        if not what and any(value.lower() in ("constant", "none", "wsd-stable") for value in values):
-            notes.append("The learning rate of some runs is constant, not annealed: their last losses are too high.")
+    notes += _tokenizers(rows)
+    values = {str(value) for row in rows if (value := _first(row, SCHEDULES)) not in (None, "")}
+    if any(value.lower() in ("constant", "none", "wsd-stable") for value in values):
+        notes.append("The learning rate of some runs is constant, not annealed: their last losses are too high.")
     groups = {}
     for i, name in enumerate(runs.names):
         groups.setdefault((name, runs.n[i]), set()).add(runs.d[i])
@@ -158,6 +169,16 @@ def doubts(runs: Runs, rows: list[dict] = (), numbers: list[int] = ()) -> list[s
             "is too high; fit the last row of each run."
         )
     return notes + _units(runs)
+
+
+def _tokenizers(rows: list[dict]) -> list[str]:
+    values = {str(value) for row in rows if (value := _first(row, TOKENIZERS)) not in (None, "")}
+    if len(values) < 2:
+        return []
+    return [
+        f"The runs use different tokenizers ({', '.join(sorted(values)[:4])}): their losses per token are not "
+        "comparable; fit them apart, or bits per byte."
+    ]
 
 
 def _units(runs: Runs) -> list[str]:

@@ -130,7 +130,7 @@ def test_a_missing_column_is_named(tmp_path, rows):
         tables.read(tmp_path / "bad.jsonl", COLUMNS)
     with pytest.raises(ConfigError, match="does not exist"):
         fit.main([str(tmp_path / "none.csv"), "--form", "chinchilla"])
-    with pytest.raises(ConfigError, match="--form envelope needs training curves"):
+    with pytest.raises(ConfigError, match="needs --n, --loss, and --d"):
         fit.main([str(path), "--form", "envelope"])
 
 
