@@ -14,6 +14,7 @@ from jax.custom_derivatives import SymbolicZero
 
 from linscale.kernels.linear_attention import pallas_tpu_scalar as scalar
 from linscale.kernels.linear_attention import pallas_tpu_tiles as tiles
+from linscale.kernels.linear_attention import pallas_tpu_vector as vector
 from linscale.kernels.linear_attention.reference import document_starts
 
 CHANNELS = (64, 128)
@@ -29,8 +30,10 @@ def refusal(q, k, v, log_decay, phase) -> str | None:
         return f"q, k and v have dtype {q.dtype}, it takes bfloat16 or float32"
     if q.shape[-1] not in CHANNELS or v.shape[-1] not in CHANNELS:
         return f"it takes 64 or 128 channels a head, q has {q.shape[-1]} and v {v.shape[-1]}"
-    if phase is not None or (log_decay is not None and log_decay.ndim == 4):
-        return "its kernels for phase and for vector decay are not written yet"
+    if phase is not None:
+        return "its kernel for phase is not written yet"
+    if log_decay is not None and log_decay.ndim == 4 and log_decay.dtype not in (jnp.bfloat16, jnp.float32):
+        return f"log_decay has dtype {log_decay.dtype}, it takes float32 or bfloat16"
     return None
 
 
@@ -38,37 +41,54 @@ def pallas_tpu(q, k, v, log_decay, phase, initial_state, segment_ids):
     """Arguments and results as `api.linear_attention`."""
     batch, tokens, H, K = q.shape
     V = v.shape[-1]
-    heads = 2 if K == V == 64 else 1
-    size = tiles.SCALAR[tiles.generation(tiles.target(q))]
-    chunks = -(-tokens // size.chunk)
-    blocks = -(-chunks // max(size.block // size.chunk, 1))
-    chunks = -(-chunks // blocks)
-    width = -(-H // heads)  # columns
-    plan = scalar.Plan(
-        tokens=tokens,
-        heads=heads,
-        chunk=size.chunk,
-        chunks=chunks,
-        columns=_divisor(width, size.forward),
-        columns_backward=_divisor(width, size.backward),
-        decay=log_decay is not None,
-        interpret=INTERPRET or False,
-    )
-    padded = blocks * chunks * size.chunk
+    kind = "none" if log_decay is None else "scalar" if log_decay.ndim == 1 else "vector" if k is not None else "tied"
+    plan = plan_for(tokens, H, K, V, kind, q.dtype, INTERPRET or False, q)
+    heads, width = plan.heads, -(-H // plan.heads)
+    padded = -(-tokens // plan.block) * plan.block
 
     def to_columns(x):
         wide = LANES // heads
         x = _pad(x, [(0, 0), (0, padded - tokens), (0, width * heads - H), (0, wide - x.shape[-1])])
         return x.reshape(batch, padded, width * LANES)
 
-    rate = None
-    if log_decay is not None:  # bounded, because minus infinity times an age of 0 would be NaN
-        rate = _pad(jnp.maximum(log_decay.astype(jnp.float32), -1e4), [(0, width * heads - H)])
     initial = None if initial_state is None else _state_to_columns(initial_state.astype(jnp.float32), width, heads)
-    docs = None if segment_ids is None else _documents(segment_ids, q, padded, size.chunk)
-    out, state = _scalar(plan, to_columns(q), to_columns(k), to_columns(v), rate, initial, docs)
+    docs = None if segment_ids is None else _documents(segment_ids, q, padded, plan.chunk)
+    q, v, k = to_columns(q), to_columns(v), None if k is None else to_columns(k)
+    if kind in ("vector", "tied"):
+        out, state = _vector(plan, q, k, v, to_columns(log_decay), initial, docs)
+    else:
+        rate = None
+        if log_decay is not None:  # bounded, because minus infinity times an age of 0 would be NaN
+            rate = _pad(jnp.maximum(log_decay.astype(jnp.float32), -1e4), [(0, width * heads - H)])
+        out, state = _scalar(plan, q, k, v, rate, initial, docs)
     out = out.reshape(batch, padded, width * heads, LANES // heads)[:, :tokens, :H, :V]
     return out, _state_from_columns(state, heads)[:, :H, :K, :V]
+
+
+def plan_for(tokens, H, K, V, kind, dtype, interpret, q=None) -> scalar.Plan:
+    """Tiles for the generation that the program is for; blocks of equal size that pad the tokens least."""
+    heads = 2 if K == V == 64 else 1
+    size = tiles.table(kind)[tiles.generation(tiles.target(q))]
+    columns = -(-H // heads)
+    chunks = -(-tokens // size.chunk)
+    most = max(size.block // size.chunk * 2 // jnp.dtype(dtype).itemsize, 1)  # float32 fills memory twice as fast
+    return scalar.Plan(
+        tokens=tokens,
+        heads=heads,
+        chunk=size.chunk,
+        chunks=-(-chunks // -(-chunks // most)),
+        columns=_divisor(columns, size.forward),
+        columns_backward=_divisor(columns, size.backward),
+        decay=kind == "scalar",
+        interpret=interpret,
+    )
+
+
+def inner_loops(plan, kind, direction) -> list[int]:
+    """Trips of the loops inside a grid step, for reading a compiled schedule; loops of one trip are no loops."""
+    unrolled = kind in ("none", "scalar") and plan.chunks <= 4
+    trips = [plan.chunks] * (1 if direction == "forward" or unrolled else 2)
+    return [n for n in trips if n > 1]
 
 
 def _divisor(n: int, most: int) -> int:
@@ -104,14 +124,16 @@ def _documents(segment_ids, q, padded, C):
     """What the kernels need to know of documents, [B,T/C,8,C] float32.
 
     Rows: documents begun by a token, whether it reads the state before its chunk, whether it reaches the chunk's end,
-    whether the state passes the whole chunk; the rest is zero.
+    whether the state passes the whole chunk, whether a token begins a document; the rest is zero.
     """
     batch, tokens = segment_ids.shape
-    begun = jnp.cumsum(document_starts(segment_ids, q), axis=1)
+    starts = document_starts(segment_ids, q)
+    begun = jnp.cumsum(starts, axis=1)
+    starts = _pad(starts, [(0, 0), (0, padded - tokens)]).reshape(batch, padded // C, C)
     begun = _pad(begun, [(0, 0), (0, padded - tokens)], mode="edge").reshape(batch, padded // C, C)
     last = begun[..., -1:]
     before = jnp.pad(last[:, :-1], ((0, 0), (1, 0), (0, 0)))  # the first token starts no document
-    rows = (begun, begun == before, begun == last, jnp.broadcast_to(before == last, begun.shape))
+    rows = (begun, begun == before, begun == last, jnp.broadcast_to(before == last, begun.shape), starts)
     docs = jnp.stack([r.astype(jnp.float32) for r in rows], axis=2)
     return jnp.pad(docs, ((0, 0), (0, 0), (0, scalar.DOCUMENT_ROWS - len(rows)), (0, 0)))
 
@@ -139,3 +161,25 @@ def _scalar_backward(plan, residuals, cotangents):
 
 
 _scalar.defvjp(_scalar_forward, _scalar_backward, symbolic_zeros=True)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _vector(plan, q, k, v, log_decay, initial, docs):
+    return vector.forward(plan, q, k, v, log_decay, initial, docs, save=False)[:2]
+
+
+def _vector_forward(plan, *args):
+    q, k, v, log_decay, initial, docs = jax.tree.map(lambda x: x.value, args, is_leaf=lambda x: hasattr(x, "perturbed"))
+    out, state, saved = vector.forward(plan, q, k, v, log_decay, initial, docs, save=True)
+    return (out, state), (q, k, v, log_decay, docs, saved, None if initial is None else ())
+
+
+def _vector_backward(plan, residuals, cotangents):
+    q, k, v, log_decay, docs, saved, started = residuals
+    d_out, d_state = (None if isinstance(d, SymbolicZero) else d for d in cotangents)
+    d_out = jnp.zeros_like(v) if d_out is None else d_out
+    dq, dk, dv, dg, d_initial = vector.backward(plan, q, k, v, log_decay, docs, saved, d_out, d_state)
+    return dq, dk, dv, dg, None if started is None else d_initial, None
+
+
+_vector.defvjp(_vector_forward, _vector_backward, symbolic_zeros=True)

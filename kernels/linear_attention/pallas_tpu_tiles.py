@@ -18,12 +18,25 @@ class Tiles(NamedTuple):
 
 
 SCALAR = {
-    "v4": Tiles(128, 512, 8, 2),
-    "v5e": Tiles(128, 512, 8, 2),
-    "v5p": Tiles(128, 512, 8, 2),
-    "v6e": Tiles(256, 512, 4, 2),
-    "tpu7x": Tiles(256, 512, 4, 2),
+    "v4": Tiles(128, 512, 8, 4),
+    "v5e": Tiles(128, 512, 8, 4),
+    "v5p": Tiles(128, 512, 8, 4),
+    "v6e": Tiles(256, 512, 8, 4),
+    "tpu7x": Tiles(256, 512, 8, 4),
 }
+VECTOR = {
+    "v4": Tiles(128, 512, 2, 1),
+    "v5e": Tiles(128, 512, 2, 1),
+    "v5p": Tiles(128, 512, 2, 1),
+    "v6e": Tiles(128, 512, 2, 1),
+    "tpu7x": Tiles(128, 512, 2, 1),
+}
+
+
+def table(kind: str) -> dict[str, Tiles]:
+    """By generation; kind: none, scalar, vector or tied."""
+    return VECTOR if kind in ("vector", "tied") else SCALAR
+
 
 _KINDS = {
     "TPU v4": "v4",

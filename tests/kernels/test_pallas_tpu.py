@@ -17,7 +17,8 @@ from linscale.kernels import linear_attention
 from linscale.kernels.linear_attention import pallas_tpu
 
 GENERATIONS = {"v4": "v4:2x2x1", "v5e": "v5e:2x2", "v5p": "v5p:2x2x1", "v6e": "v6e:2x2", "tpu7x": "tpu7x:2x2x1"}
-KINDS = ("none", "scalar")
+KINDS = ("none", "scalar", "vector/1")  # one per kernel, in the budget
+EVERY = ("none", "scalar", "scalar-zero", "vector/0.05", "vector/0.1", "vector/1", "vector/10")
 
 
 @pytest.fixture
@@ -40,10 +41,11 @@ def test_float32_with_state_and_documents(interpreted, kind):
     shared.compare("pallas_tpu", arrays, ids, 1e-5)
 
 
-def test_bfloat16_of_128_channels(interpreted, monkeypatch):
+@pytest.mark.parametrize("kind", ("scalar", "vector/0.1"))
+def test_bfloat16_of_128_channels(interpreted, monkeypatch, kind):
     monkeypatch.setattr(shared, "KEY", 128)
     monkeypatch.setattr(shared, "VALUE", 128)
-    arrays, _ = shared.draw(2, 130, "scalar", state=False)
+    arrays, _ = shared.draw(2, 130, kind, state=False, tied_key=kind != "scalar")
     shared.compare("pallas_tpu", arrays, None, 5e-3, dtype=jnp.bfloat16)
 
 
@@ -58,27 +60,33 @@ class TestAgainstFloat64Scan:
         monkeypatch.setattr(shared, "KEY", channels[0])
         monkeypatch.setattr(shared, "VALUE", channels[1])
 
-    @pytest.mark.parametrize("kind", KINDS)
+    @pytest.mark.parametrize("kind", EVERY)
     @pytest.mark.parametrize("tokens", (1, 63, 127, 128, 129, 1000))
     def test_state_and_segments(self, tokens, kind):
         arrays, ids = shared.draw(tokens, tokens, kind, segments=True)
         shared.compare("pallas_tpu", arrays, ids, 1e-5, seed=tokens)
 
-    @pytest.mark.parametrize("kind", KINDS)
+    @pytest.mark.parametrize("kind", EVERY)
     def test_plain(self, kind):
         arrays, ids = shared.draw(7, 130, kind, state=False)
         shared.compare("pallas_tpu", arrays, ids, 1e-5)
 
-    @pytest.mark.parametrize("kind", KINDS)
+    @pytest.mark.parametrize("kind", EVERY)
     def test_bfloat16(self, kind):
         arrays, ids = shared.draw(9, 200, kind, segments=True)
         shared.compare("pallas_tpu", arrays, ids, 5e-3, dtype=jnp.bfloat16)
 
-    @pytest.mark.parametrize("kind", KINDS)
+    @pytest.mark.parametrize("kind", ("vector/0.1", "vector/1"))
+    @pytest.mark.parametrize("dtype", (jnp.float32, jnp.bfloat16))
+    def test_tied_key(self, kind, dtype):
+        arrays, ids = shared.draw(8, 200, kind, segments=True, tied_key=True)
+        shared.compare("pallas_tpu", arrays, ids, 1e-5 if dtype == jnp.float32 else 5e-3, dtype=dtype)
+
+    @pytest.mark.parametrize("kind", ("none", "scalar", "vector/1"))
     def test_every_token_its_own_document(self, kind):
         shared.TestAgainstFloat64Scan().test_closed_gates_and_many_documents("pallas_tpu", kind)
 
-    @pytest.mark.parametrize("kind", ("scalar",))
+    @pytest.mark.parametrize("kind", ("scalar", "vector/1"))
     def test_minus_infinity_forgets(self, kind):
         shared.TestAgainstFloat64Scan().test_minus_infinity_forgets("pallas_tpu", kind)
 
@@ -109,9 +117,11 @@ def compiled(mesh, kind, batch, tokens, heads, channels, *, gradient, dtype=jnp.
     whole = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
     array = lambda shape, dtype: jax.ShapeDtypeStruct(shape, dtype, sharding=whole)  # noqa: E731
     x = array((batch, tokens, heads, channels), dtype)
-    arrays = {"q": x, "k": x, "v": x}
+    arrays = {"q": x, "k": None if kind == "tied" else x, "v": x}
     if kind == "scalar":
         arrays["log_decay"] = array((heads,), jnp.float32)
+    if kind in ("vector", "tied"):
+        arrays["log_decay"] = array(x.shape, jnp.float32)
     if state:
         arrays["initial_state"] = array((batch, heads, channels, channels), jnp.float32)
     ids = array((batch, tokens), jnp.int32) if segments else None
@@ -126,7 +136,7 @@ def compiled(mesh, kind, batch, tokens, heads, channels, *, gradient, dtype=jnp.
 
 @pytest.mark.tpu_compile
 @pytest.mark.parametrize("generation", GENERATIONS)
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", ("none", "scalar", "vector", "tied"))
 class TestCompiles:
     @pytest.mark.parametrize("channels", (64, 128))
     def test_shapes_of_the_benchmark_and_of_7b(self, generation, kind, channels):

@@ -1,0 +1,378 @@
+"""Linear attention with one decay per token and channel on TPUs: Pallas Mosaic TPU, forward and backward.
+
+Exact for any gate: exponents above zero, and quotients of gates, are never formed. A chunk of C tokens is halved
+recursively; where a query in an upper half meets a key in the lower half, both carry products of gates up to the
+boundary between them. The products are built bottom up, one multiplication a level, from one exponential an element;
+zero (a gate of minus infinity, a document's first token) is a value like any other. Every level is one matrix product
+with a mask; from 8 tokens on only the rows of upper halves are multiplied.
+
+The gradient of the log gates sums, for each token, what the pairs across it contribute: sum over later queries of
+q dq minus sum over later keys of k dk. Pairs on one side of the token drop out of the difference exactly, since both
+terms are made of the same rounded factors; the sums run in float32.
+
+The state is held transposed, [value channels, key channels], so that gates lie along lanes. Blocks, columns and the two
+walks of the backward pass are those of pallas_tpu_scalar.
+
+Letters: B batch, T tokens, W columns of 128 lanes, N blocks of a row, C tokens of a chunk.
+"""
+
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+
+from linscale.kernels.linear_attention.pallas_tpu_scalar import (
+    F32,
+    LANES,
+    NN,
+    NT,
+    TN,
+    Plan,
+    by_head,
+    call,
+    dot,
+    only,
+    own_blocks,
+)
+
+TILE = 8  # sublanes: blocks of this many tokens and more are whole registers
+STARTS = 4  # row of the documents' array: 1 where a document begins
+
+
+def levels_of(C):
+    return [1 << n for n in range(C.bit_length() - 1)]
+
+
+def mask_shapes(C):
+    """One mask per level."""
+    return [pltpu.VMEM((C, C), F32) for _ in levels_of(C)]
+
+
+def fill_masks(refs, C):
+    """Which pairs meet at each level, in either order: those of a block of 2h tokens that are in different halves."""
+    row, col = (lax.broadcasted_iota(jnp.int32, (C, C), d) for d in (0, 1))
+    for h, ref in zip(levels_of(C), refs):
+        ref[...] = ((row ^ col) // h == 1).astype(F32)
+
+
+def halves(x, h):
+    """Rows of lower and of upper halves of blocks of 2h rows, h >= TILE: two of [C/2, .]."""
+    C, lanes = x.shape
+    x = x.reshape(C // (2 * h), 2, h, lanes)
+    return x[:, 0].reshape(C // 2, lanes), x[:, 1].reshape(C // 2, lanes)
+
+
+def joined(lower, upper, h):
+    """The inverse of `halves`."""
+    half, lanes = lower.shape
+    both = [x.reshape(half // h, 1, h, lanes) for x in (lower, upper)]
+    return jnp.concatenate(both, axis=1).reshape(2 * half, lanes)
+
+
+def add_to_half(x, which, y, h):
+    """x with y [C/2,.] added to the rows of lower (0) or upper (1) halves."""
+    parts = list(halves(x, h))
+    parts[which] = parts[which] + y
+    return joined(*parts, h)
+
+
+def gate_products(a):
+    """From gates [C,128] float32: per level (h, weight), then (to, after) of the whole chunk, and its total [1,128].
+
+    weight: in upper halves of blocks of 2h tokens, the product of the gates from the half's first token to each token;
+    in lower halves, of those after each token up to the half's last.
+    """
+    C = a.shape[0]
+    tiles = (C // TILE, TILE, LANES)
+    to, after, total = a.reshape(tiles), jnp.ones(tiles, F32), a.reshape(tiles)  # within blocks of h tokens
+    flat = lambda x: x.reshape(C, LANES)  # noqa: E731
+    levels = []
+    h = 1
+    while h < TILE:
+        upper = upper_rows(h, tiles)
+        levels.append((h, flat(jnp.where(upper, to, after))))
+        other = pltpu.roll(total, h, 1)  # total of the other half
+        if 2 * h < TILE:
+            other = jnp.where(upper, other, pltpu.roll(total, TILE - h, 1))
+        to = jnp.where(upper, to * other, to)
+        after = jnp.where(upper, after, after * other)
+        total = total * other
+        h *= 2
+    while h < C:
+        split = lambda x, h=h: x.reshape(C // (2 * h), 2, -1, TILE, LANES)  # noqa: E731
+        lower, upper = (split(after)[:, :1], split(to)[:, 1:])
+        levels.append((h, flat(jnp.concatenate([lower, upper], axis=1))))
+        of_lower, of_upper = (split(total)[:, i] for i in (0, 1))  # [blocks, 1, 8, 128]
+        to = jnp.concatenate([split(to)[:, :1], upper * of_lower[:, None]], axis=1).reshape(tiles)
+        after = jnp.concatenate([lower * of_upper[:, None], split(after)[:, 1:]], axis=1).reshape(tiles)
+        total = of_lower * of_upper
+        h *= 2
+    return levels, (flat(to), flat(after)), total.reshape(TILE, LANES)[:1]
+
+
+def upper_rows(h, shape):
+    return lax.broadcasted_iota(jnp.int32, shape, 1 if len(shape) == 3 else 0) // h % 2 == 1
+
+
+def weighted(q, k, weight, h, dtype):
+    """Queries of upper halves and keys of lower halves in one array [C,128], each with its weight."""
+    both = jnp.where(upper_rows(h, q.shape), q, k) if h < TILE else joined(halves(k, h)[0], halves(q, h)[1], h)
+    return (both * weight).astype(dtype)
+
+
+def times(x, weight, dtype):
+    return (x * weight).astype(dtype)
+
+
+def gates_and_keys(g, k, starts):
+    """(gates, the derivative of tied keys' gates or None, keys), float32 [C,128], from log gates."""
+    a = jnp.exp(g)
+    # 1 - a would lose digits near zero
+    tied = lambda: jnp.where(g > -0.02, -g * (1.0 + g * (0.5 + g * (1.0 / 6.0))), 1.0 - a)  # noqa: E731
+    keys = tied() if k is None else k.astype(F32)
+    return (a if starts is None else jnp.where(starts > 0.0, 0.0, a)), a, keys
+
+
+def head_sums(x, heads):
+    """Sum over the lanes of each token's head: [C,1], or with two heads [C,128], on all lanes of the head."""
+    if heads == 1:
+        return jnp.sum(x, axis=1, keepdims=True)
+    return by_head([jnp.sum(only(x, g, heads), axis=1, keepdims=True) + jnp.zeros_like(x) for g in range(heads)], heads)
+
+
+def walk(q, k, v, a, state, masks, heads):
+    """One chunk: (what queries read [C,128] float32, the state after). q, k, a float32; v in its own dtype."""
+    dtype, C = v.dtype, q.shape[0]
+    levels, (to_all, after_all), total = gate_products(a)
+    scores = [jnp.zeros((C, C), F32)] * heads
+    row, col = (lax.broadcasted_iota(jnp.int32, (C, C), d) for d in (0, 1))
+    for (h, weight), mask in zip(levels, masks):
+        both = weighted(q, k, weight, h, dtype)
+        for g in range(heads):
+            if h < TILE:
+                scores[g] = scores[g] + dot(only(both, g, heads), both, NT) * mask[...]
+            else:
+                queries = only(packed_halves(both, q * weight, h)[1], g, heads)
+                scores[g] = add_to_half(scores[g], 1, dot(queries, both, NT) * halves(mask[...], h)[1], h)
+    scores = [jnp.where(row > col, s, 0.0) for s in scores]
+    out = dot(times(q, to_all, dtype), state.astype(dtype), NT)
+    out = out + by_head([dot(s.astype(dtype), v, NN) for s in scores], heads)
+    out = out + head_sums(q * k, heads) * v.astype(F32)
+    return out, state * total + own_blocks(dot(v, times(k, after_all, dtype), TN), heads)
+
+
+def packed_halves(both, exact, h):
+    """Lower and upper rows of `both`; packed rows come in pairs of registers, so below 16 from the unrounded array."""
+    if h * both.dtype.itemsize >= TILE * 4:
+        return halves(both, h)
+    return tuple(x.astype(both.dtype) for x in halves(exact, h))
+
+
+def suffix_sums(x, dtype):
+    """[C,128] float32: for each token the sum over it and all later ones, on the matrix unit."""
+    C = x.shape[0]
+    row, col = (lax.broadcasted_iota(jnp.int32, (C, C), d) for d in (0, 1))
+    later = (col >= row).astype(dtype)
+    if dtype == F32:
+        return dot(later, x, NN)
+    high = x.astype(dtype)
+    return dot(later, high, NN) + dot(later, (x - high.astype(F32)).astype(dtype), NN)
+
+
+def walk_back(q, k, v, d_out, a, state, d_after, masks, heads):
+    """One chunk, backwards: (dq, dk, dv, d log a, the gradient of the state before), float32 [C,128] and [128,128].
+
+    state: before the chunk, in the dtype of v; d_after: gradient of the state after the chunk, float32.
+    """
+    dtype, C = v.dtype, q.shape[0]
+    levels, (to_all, after_all), total = gate_products(a)
+    row, col = (lax.broadcasted_iota(jnp.int32, (C, C), d) for d in (0, 1))
+    d_pairs = []  # gradient of the score of each pair, at [query, key] and at [key, query]
+    for g in range(heads):
+        below, above = dot(only(d_out, g, heads), v, NT), dot(only(v, g, heads), d_out, NT)
+        d_pairs.append(jnp.where(row > col, below, above))
+    scores = [jnp.zeros((C, C), F32)] * heads  # [keys, queries]
+
+    # Between the chunk and the state.
+    low = d_after.astype(dtype)
+    queries, keys = times(q, to_all, dtype), times(k, after_all, dtype)
+    dq_in, dk_out = dot(d_out, state, NN), dot(v, low, NN)
+    dv = dot(keys, low, NT)
+    dq, dk = dq_in * to_all, dk_out * after_all
+    of_keys = keys.astype(F32) * dk_out
+    net = queries.astype(F32) * dq_in - of_keys
+    base = jnp.sum(of_keys, axis=0, keepdims=True)
+    base = base + total * jnp.sum(state.astype(F32) * d_after, axis=0, keepdims=True)
+    d_before = d_after * total + own_blocks(dot(d_out, queries, TN), heads)
+
+    for (h, weight), mask in zip(levels, masks):
+        both = weighted(q, k, weight, h, dtype)
+        d_both = by_head([dot((d * mask[...]).astype(dtype), both, NN) for d in d_pairs], heads)
+        of_both, d_both = both.astype(F32) * d_both, d_both * weight
+        if h < TILE:
+            upper = upper_rows(h, q.shape)
+            dq, dk = dq + jnp.where(upper, d_both, 0.0), dk + jnp.where(upper, 0.0, d_both)
+            net = net + jnp.where(upper, of_both, -of_both)
+        else:
+            lower, upper = halves(d_both, h)
+            dq, dk = add_to_half(dq, 1, upper, h), add_to_half(dk, 0, lower, h)
+            lower, upper = halves(of_both, h)
+            net = add_to_half(add_to_half(net, 1, upper, h), 0, -lower, h)
+        for g in range(heads):
+            if h < TILE:
+                scores[g] = scores[g] + dot(only(both, g, heads), both, NT) * mask[...]
+            else:
+                keys = only(packed_halves(both, k * weight, h)[0], g, heads)
+                scores[g] = add_to_half(scores[g], 0, dot(keys, both, NT) * halves(mask[...], h)[0], h)
+    scores = [jnp.where(row < col, s, 0.0) for s in scores]
+
+    # A token with itself.
+    d_same = head_sums(d_out.astype(F32) * v.astype(F32), heads)
+    dq, dk = dq + d_same * k, dk + d_same * q
+    dv = dv + by_head([dot(s.astype(dtype), d_out, NN) for s in scores], heads)
+    dv = dv + head_sums(q * k, heads) * d_out.astype(F32)
+    return dq, dk, dv, suffix_sums(net, dtype) + base, d_before
+
+
+def _start_column(docs_ref, c):
+    return None if docs_ref is None else docs_ref[0, c].T[:, STARTS : STARTS + 1]
+
+
+def forward(plan: Plan, q, k, v, log_decay, initial, docs, *, save: bool):
+    """As pallas_tpu_scalar.forward, with log_decay [B,T,W*128] and k None where it is tied to it.
+
+    The states before the blocks are transposed; initial and final states are not.
+    """
+    batch, padded, width = q.shape
+    columns, dtype, C, heads = plan.columns, q.dtype, plan.chunk, plan.heads
+
+    def body(*refs):
+        refs = list(refs)
+        q_ref, v_ref, g_ref = refs[:3]
+        del refs[:3]
+        k_ref = refs.pop(0) if k is not None else None
+        initial_ref = refs.pop(0) if initial is not None else None
+        docs_ref = refs.pop(0) if docs is not None else None
+        out_ref, final_ref = refs.pop(0), refs.pop(0)
+        saved_ref = refs.pop(0) if save else None
+        state, *masks = refs
+        t = pl.program_id(2)
+
+        @pl.when(t == 0)
+        def _():
+            for w in range(columns):
+                state[w] = jnp.zeros((LANES, LANES), F32) if initial_ref is None else initial_ref[0, w].T
+            fill_masks(masks, C)
+
+        if save:
+            saved_ref[0, :, 0] = state[...]
+
+        def chunk(c, _):
+            rows = pl.ds(pl.multiple_of(c * C, C), C)
+            starts = _start_column(docs_ref, c)
+            for w in range(columns):
+                at = (0, rows, pl.ds(w * LANES, LANES))
+                a, _, keys = gates_and_keys(g_ref[at].astype(F32), None if k is None else k_ref[at], starts)
+                out, state[w] = walk(q_ref[at].astype(F32), keys, v_ref[at], a, state[w], masks, heads)
+                out_ref[at] = out.astype(dtype)
+            return 0
+
+        lax.fori_loop(0, plan.chunks, chunk, 0)
+
+        @pl.when(t == pl.num_programs(2) - 1)
+        def _():
+            for w in range(columns):
+                final_ref[0, w] = state[w].T
+
+    one = (batch, width // LANES, LANES, LANES)
+    inputs = [("tokens", q), ("tokens", v), ("tokens", log_decay)]
+    inputs += [("tokens", k)] if k is not None else []
+    inputs += [("state", initial)] if initial is not None else []
+    inputs += [("docs", docs)] if docs is not None else []
+    outputs = [("tokens", q.shape, dtype), ("state", one, F32)]
+    outputs += [("states", (*one[:2], padded // plan.block, LANES, LANES), F32)] * save
+    scratch = [pltpu.VMEM((columns, LANES, LANES), F32), *mask_shapes(C)]
+    out, final, *saved = call(
+        plan, columns, body, inputs, outputs, scratch, q, reverse=False, name="linear_attention_forward"
+    )
+    return out, final, saved[0] if save else None
+
+
+def backward(plan: Plan, q, k, v, log_decay, docs, saved, d_out, d_final):
+    """(dq, dk or None where tied, dv, d log_decay, the state's gradient before the first token)."""
+    batch, _, width = q.shape
+    columns, dtype, C, heads = plan.columns_backward, q.dtype, plan.chunk, plan.heads
+    tied = k is None
+
+    def body(*refs):
+        refs = list(refs)
+        q_ref, v_ref, g_ref, d_out_ref, saved_ref = refs[:5]
+        del refs[:5]
+        k_ref = None if tied else refs.pop(0)
+        d_final_ref = refs.pop(0) if d_final is not None else None
+        docs_ref = refs.pop(0) if docs is not None else None
+        dq_ref, dv_ref, dg_ref = refs[:3]
+        del refs[:3]
+        dk_ref = None if tied else refs.pop(0)
+        d_initial_ref, d_state, state, states, *masks = refs
+        step = pl.program_id(2)
+
+        @pl.when(step == 0)
+        def _():
+            for w in range(columns):
+                d_state[w] = jnp.zeros((LANES, LANES), F32) if d_final_ref is None else d_final_ref[0, w].T
+            fill_masks(masks, C)
+
+        state[...] = saved_ref[0, :, 0]
+
+        def load(c, w):
+            at = (0, pl.ds(pl.multiple_of(c * C, C), C), pl.ds(w * LANES, LANES))
+            starts = _start_column(docs_ref, c)
+            return at, starts, gates_and_keys(g_ref[at].astype(F32), None if tied else k_ref[at], starts)
+
+        def onward(c, _):
+            for w in range(columns):
+                at, _, (a, _, keys) = load(c, w)
+                _, (_, after), total = gate_products(a)
+                states[w, c] = state[w].astype(dtype)
+                added = dot(v_ref[at], times(keys, after, dtype), TN)
+                state[w] = state[w] * total + own_blocks(added, heads)
+            return 0
+
+        def back(i, _):
+            c = plan.chunks - 1 - i
+            for w in range(columns):
+                at, starts, (a, derivative, keys) = load(c, w)
+                q, v, d_out = q_ref[at].astype(F32), v_ref[at], d_out_ref[at]
+                dq, dk, dv, dg, d_state[w] = walk_back(q, keys, v, d_out, a, states[w, c], d_state[w], masks, heads)
+                if starts is not None:
+                    dg = jnp.where(starts > 0.0, 0.0, dg)
+                if tied:
+                    dg = dg - dk * derivative
+                else:
+                    dk_ref[at] = dk.astype(dtype)
+                dq_ref[at], dv_ref[at], dg_ref[at] = dq.astype(dtype), dv.astype(dtype), dg.astype(dg_ref.dtype)
+            return 0
+
+        lax.fori_loop(0, plan.chunks, onward, 0)
+        lax.fori_loop(0, plan.chunks, back, 0)
+
+        @pl.when(step == pl.num_programs(2) - 1)
+        def _():
+            for w in range(columns):
+                d_initial_ref[0, w] = d_state[w].T
+
+    one = (batch, width // LANES, LANES, LANES)
+    inputs = [("tokens", x) for x in (q, v, log_decay, d_out)] + [("states", saved)]
+    inputs += [] if tied else [("tokens", k)]
+    inputs += [("state", d_final)] if d_final is not None else []
+    inputs += [("docs", docs)] if docs is not None else []
+    outputs = [("tokens", q.shape, dtype)] * 2 + [("tokens", q.shape, log_decay.dtype)]
+    outputs += [] if tied else [("tokens", q.shape, dtype)]
+    outputs += [("state", one, F32)]
+    small = pltpu.VMEM((columns, LANES, LANES), F32)
+    scratch = [small, small, pltpu.VMEM((columns, plan.chunks, LANES, LANES), dtype), *mask_shapes(C)]
+    dq, dv, dg, *dk, d_initial = call(
+        plan, columns, body, inputs, outputs, scratch, q, reverse=True, name="linear_attention_backward"
+    )
+    return dq, dk[0] if dk else None, dv, dg, d_initial
