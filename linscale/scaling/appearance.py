@@ -13,3 +13,17 @@ COLOURS = {  # light page, dark page
 }
 NEUTRALS = {"ink": ("#1c2127", "#e8ebef"), "muted": ("#5c6670", "#a3adb8"), "grid": ("#dfe3e8", "#333b45")}
 MARKERS = {"llama": "o", "tnl": "s", "hgrn2": "^", "cosformer2": "D", "hybrid": "v"}
+
+
+def style_of(name: str, index: int) -> tuple[str, str]:
+    """Key of COLOURS and MARKERS, and label, of a group of runs of any name: its architecture's, else by its place."""
+    known = name.lower()
+    if known in COLOURS:
+        return known, LABELS[known]
+    return list(COLOURS)[index % len(COLOURS)], name
+
+
+def plain(text: str) -> str:
+    """A user's text for matplotlib: no formulas, nothing that cannot be drawn, not too long."""
+    shown = "".join(character if character.isprintable() else " " for character in text)
+    return (shown if len(shown) <= 60 else shown[:57] + "...").replace("$", r"\$")

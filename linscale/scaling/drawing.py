@@ -108,12 +108,15 @@ def hover(axes, x, y, texts, colour: str = "") -> None:
 def save(figure: Figure, name: str, folder: Path) -> Drawn:
     """Writes folder/name.png and name.svg; the figure for a page has the ids of `name`."""
     with matplotlib.rc_context(_STYLE):
+        figure.draw_without_rendering()
+        figure.set_layout_engine("none")  # laid out once: it takes longer than drawing
         figure.savefig(folder / f"{name}.png", dpi=160, facecolor="white")
         buffer = io.StringIO()
-        figure.savefig(buffer, format="svg", facecolor="white", metadata={"Date": None, "Creator": None})
-        (folder / f"{name}.svg").write_text(buffer.getvalue(), encoding="utf-8")
-        buffer = io.StringIO()
         figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
+    svg = buffer.getvalue()
+    begin = svg.index(">", svg.index("<svg")) + 1
+    file = folder / f"{name}.svg"
+    file.write_text(f'{svg[:begin]}<rect width="100%" height="100%" fill="#fff"/>{svg[begin:]}', encoding="utf-8")
     points = []
     for axes, x, y, text, colour in getattr(figure, "hover", []):
         # Positions are of the last drawing; SVG counts points of 1/72 inch, downward.
@@ -121,7 +124,7 @@ def save(figure: Figure, name: str, folder: Path) -> Drawn:
         inside = axes.bbox.x0 - 1 <= across * figure.dpi / 72 <= axes.bbox.x1 + 1
         if inside and np.isfinite(up) and axes.bbox.y0 - 1 <= up * figure.dpi / 72 <= axes.bbox.y1 + 1:
             points.append([round(float(across), 1), round(72 * figure.get_figheight() - float(up), 1), text, colour])
-    return Drawn(themed(buffer.getvalue(), name), points)
+    return Drawn(themed(svg, name), points)
 
 
 def themed(svg: str, name: str) -> str:

@@ -9,7 +9,7 @@ import math
 from pathlib import Path
 
 from linscale.config import ConfigError
-from linscale.scaling import laws, paper, runs
+from linscale.scaling import hardware_days, laws, paper, runs
 
 LOSS_NAMES = {"heldout": "held-out loss", "train": "smoothed training loss"}
 COMPUTE_NAMES = {
@@ -199,6 +199,8 @@ def main(argv: list[str]) -> int:
     )
     parser.add_argument("folder", nargs="+", metavar="path", help="folder of a ladder, run directories, or one file")
     parser.add_argument("--json", metavar="FILE", help="also write the fits to FILE")
+    parser.add_argument("--report", metavar="DIR", help="also write an HTML page with figures to DIR")
+    hardware_days.add_options(parser)
     add_form_options(parser)
     add_shared_options(parser)
     arguments = parser.parse_args(argv)
@@ -206,6 +208,7 @@ def main(argv: list[str]) -> int:
     if arguments.json:
         _check_target(Path(arguments.json), file)
     chosen(arguments)
+    hardware_days.chosen(arguments)
     if arguments.form is None:
         arguments.form = "chinchilla" if file else "envelope"
     if arguments.form != "envelope":

@@ -9,7 +9,8 @@ from pathlib import Path
 import numpy as np
 
 from linscale.config import ConfigError
-from linscale.scaling import forms, isoflop, joint, optimum, parametric, printing, profile, tables, tasks
+from linscale.scaling import forms, hardware_days, isoflop, joint, optimum, parametric, printing, profile, tables, tasks
+from linscale.scaling import group as group_
 from linscale.scaling import runs as runs_
 from linscale.scaling.minimise import Loss
 
@@ -19,6 +20,7 @@ KIND_NAMES = {
     "lsq-unlogged": "least squares of L, {reduction} over runs",
     "huber-scale": "Huber likelihood of log L with a fitted scale, delta {delta:g} of the scale, {reduction} over runs",
 }
+ISOFLOP = "parabolas of L in log N by least squares, one a budget, straight lines of logarithms through them"
 
 
 def main(arguments: argparse.Namespace) -> int:
@@ -33,25 +35,46 @@ def main(arguments: argparse.Namespace) -> int:
     groups = {name: (_without_worst(runs, notes, arguments)) for name, (runs, notes) in _groups(arguments).items()}
     if arguments.joint:
         _check_joint(arguments, groups)
-    results = {}
+    if arguments.report and not arguments.budget and arguments.form != "isoflop":
+        arguments.budget = optimum.round_budgets([runs for runs, _ in groups.values()])
+    results, shown, compared = {}, [], None
     for name, (runs, notes) in groups.items():
         if results:
             print()
-        results[name] = _one(name, runs, loss, arguments, notes)
+        results[name], group = _one(name, runs, loss, arguments, notes)
+        shown.append(group)
     if arguments.joint:
         tables_ = {name: runs for name, (runs, _) in groups.items()}
         found = joint.fit(arguments.form, tables_, arguments.resamples, arguments.seed)
-        compared = joint.as_json(found)
+        compared = found
         print("\n" + "\n".join(joint.as_lines(found)))
+    content = next(iter(results.values())) if len(results) == 1 else {"fits": list(results.values())}
+    if compared:
+        content["joint"] = joint.as_json(compared)
     if arguments.json:
-        content = next(iter(results.values())) if len(results) == 1 else {"fits": list(results.values())}
-        if arguments.joint:
-            content["joint"] = compared
         try:
             Path(arguments.json).write_text(json.dumps(content, indent=1, allow_nan=False) + "\n", encoding="utf-8")
         except OSError as error:
             raise ConfigError(f"--json {arguments.json} cannot be written: {error.strerror}.") from error
+    if arguments.report:
+        print(_report(shown, loss, arguments, compared, content))
     return 0
+
+
+def _report(shown: list[group_.Group], loss: Loss, arguments, compared, content: dict) -> Path:
+    from linscale.scaling import fit_page  # draws: matplotlib
+
+    first = shown[0].found
+    about = fit_page.About(
+        source=", ".join(Path(path).resolve().name for path in arguments.folder),
+        formula=isoflop.FORMULA if arguments.form == "isoflop" else first.form.formula,
+        method=ISOFLOP if arguments.form == "isoflop" else KIND_NAMES[loss.kind].format(**dataclasses.asdict(loss)),
+        intervals=f"95 %, {arguments.resamples:,} draws of the runs with replacement, seed {arguments.seed}.",
+        compute=arguments.compute_model,
+        hardware=hardware_days.chosen(arguments)[0],
+        columns=Path(arguments.folder[0]).is_file(),
+    )
+    return fit_page.write(Path(arguments.report), shown, about, compared, content)
 
 
 def _groups(arguments) -> dict[str, tuple[parametric.Runs, list[str]]]:
@@ -97,15 +120,15 @@ def _without_worst(runs, notes, arguments) -> tuple[parametric.Runs, list[str]]:
     return runs.take(np.setdiff1d(np.arange(len(runs)), worst)), [*notes, note]
 
 
-def _one(name: str, runs: parametric.Runs, loss: Loss, arguments, notes: list[str]) -> dict:
-    notes = list(notes)
+def _one(name: str, runs: parametric.Runs, loss: Loss, arguments, notes: list[str]) -> tuple[dict, group_.Group]:
+    """Prints the fit; returns it for JSON and for a page."""
+    notes, best, test, ends, laws = list(notes), [], None, None, []
     if arguments.form == "isoflop":
         for option in ("backtest", "budget", "task", "profile"):
             if getattr(arguments, option):
                 raise ConfigError(f"--{option} needs a law L(N, D); isoflop is none. Use --form chinchilla.")
         found = isoflop.fit(runs, arguments.resamples, arguments.seed)
-        formula, loss = isoflop.FORMULA, Loss("lsq", loss.delta, "sum")
-        method = "parabolas of L in log N by least squares, one a budget, straight lines of logarithms through them"
+        formula, loss, method = isoflop.FORMULA, Loss("lsq", loss.delta, "sum"), ISOFLOP
     else:
         if arguments.backtest:  # before the fit, which takes longer
             optimum.check_backtest(runs, arguments.backtest)
@@ -139,6 +162,7 @@ def _one(name: str, runs: parametric.Runs, loss: Loss, arguments, notes: list[st
         out["profile"] = {key: list(map(printing.finite, pair)) for key, pair in ends.items()}
     for column in arguments.task:
         task = tasks.fit(column, arguments.task_form, runs.tasks[column], found, arguments.resamples, arguments.seed)
+        laws.append(task)
         lines += ["", *tasks.as_lines(task)]
         notes += task.warnings
         out.setdefault("tasks", []).append(tasks.as_json(task, found, arguments.budget, arguments.compute_model))
@@ -152,14 +176,14 @@ def _one(name: str, runs: parametric.Runs, loss: Loss, arguments, notes: list[st
         notes += [f"At {b.flops:.3g} FLOPs the law has no optimum within the searched sizes." for b in best if b.edge]
         out["optimal"] = [printing.plain(dataclasses.asdict(b)) | {"compute": arguments.compute_model} for b in best]
     if arguments.backtest:
-        lines += ["", *_backtest(runs, loss, arguments, out)]
+        test = optimum.backtest(arguments.form, runs, arguments.backtest, loss, arguments.resamples, arguments.seed)
+        lines += ["", *_backtest(test, out)]
     out["warnings"] = notes
     print("\n".join(lines + [f"Warning: {note}" for note in notes]))
-    return out
+    return out, group_.Group(name, found, tuple(notes), tuple(best), test, tuple(laws), ends)
 
 
-def _backtest(runs, loss, arguments, out) -> list[str]:
-    test = optimum.backtest(arguments.form, runs, arguments.backtest, loss, arguments.resamples, arguments.seed)
+def _backtest(test: optimum.Backtest, out: dict) -> list[str]:
     mean = float(np.abs(test.error).mean())
     bounded = bool(np.isfinite(test.low).all())
     out["backtest"] = {

@@ -40,6 +40,12 @@ def optimum(found: Fit, flops: float, compute: str = "6nd") -> Optimum:
     return Optimum(float(flops), float(n[0]), float(d[0]), float(loss[0]), *pairs, edge=bool(edge[0]))
 
 
+def round_budgets(tables: list[Runs]) -> list[float]:
+    """Five powers of ten in FLOPs, from a tenth or less of the greatest run to hundreds of times as much."""
+    most = max(runs.compute.max() for runs in tables)
+    return [float(f"1e{int(np.floor(np.log10(most))) - 1 + i}") for i in range(5)]
+
+
 def cost(found: Fit, compute: str) -> tuple[float, float]:
     """k and q of C = k N^(1 + q) D."""
     if compute == "6nd":

@@ -7,8 +7,9 @@ import numpy as np
 import PIL.Image
 import pytest
 from synthetic_ladder import write_ladder
+from test_fit_page import COLUMNS, write_budgets, write_table
 
-from linscale.scaling import appearance, paper_command, report
+from linscale.scaling import appearance, fit, paper_command, report
 
 pytestmark = pytest.mark.skipif(
     chromium.program() is None, reason="no Chromium is installed: `apt-get install chromium` runs these tests"
@@ -23,13 +24,38 @@ def page(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def files(tmp_path_factory):
-    """A page of every kind."""
-    folder = tmp_path_factory.mktemp("pages")
-    assert paper_command.main(["--report", str(folder / "paper")]) == 0
-    return {"ladder": report.write(write_ladder(folder / "ladder")), "paper": folder / "paper" / "index.html"}
+    """Pages by kind, made when first asked for."""
+    folder, made = tmp_path_factory.mktemp("pages"), {}
+
+    class Files:
+        def __getitem__(self, kind):
+            if kind not in made:
+                made[kind] = make(kind, folder)
+            return made[kind]
+
+    return Files()
 
 
-KINDS = ("ladder", "paper")
+def make(kind: str, folder):
+    if kind == "ladder":
+        return report.write(write_ladder(folder / "ladder"))
+    page = folder / kind
+    if kind == "paper":
+        assert paper_command.main(["--report", str(page)]) == 0
+    elif kind == "isoflop":
+        table = write_budgets(folder / "budgets.csv")
+        assert fit.main([str(table), *COLUMNS, "--form", "isoflop", "--report", str(page)]) == 0
+    else:
+        options = ["--group", "arch", "--joint", "--profile", "--task", "acc", "--backtest", "3", "--report", str(page)]
+        assert fit.main([str(write_table(folder / "table.csv")), *COLUMNS, *options]) == 0
+    return page / "index.html"
+
+
+def slow(kind):
+    return pytest.param(kind, marks=pytest.mark.slow)
+
+
+KINDS = ("ladder", slow("paper"), slow("forms"), slow("isoflop"))
 COLUMN = """(column, table) => [...document.querySelectorAll('table')[table].tBodies[0].rows].map(
     row => row.cells[column].dataset.value ?? row.cells[column].textContent.trim())"""
 
@@ -44,7 +70,7 @@ def code(colour: str) -> int:
     return int(colour[1:], 16)
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", ("ladder", "paper", *KINDS[2:]))
 @pytest.mark.parametrize("dark", [False, True])
 def test_opens_without_network_or_complaints_and_shows_its_figures(page, files, kind, dark):
     page.open(files[kind], dark=dark)
