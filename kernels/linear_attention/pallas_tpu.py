@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 from jax.custom_derivatives import SymbolicZero
 
+from linscale.kernels.linear_attention import pallas_tpu_phase as turning
 from linscale.kernels.linear_attention import pallas_tpu_scalar as scalar
 from linscale.kernels.linear_attention import pallas_tpu_tiles as tiles
 from linscale.kernels.linear_attention import pallas_tpu_vector as vector
@@ -30,8 +31,6 @@ def refusal(q, k, v, log_decay, phase) -> str | None:
         return f"q, k and v have dtype {q.dtype}, it takes bfloat16 or float32"
     if q.shape[-1] not in CHANNELS or v.shape[-1] not in CHANNELS:
         return f"it takes 64 or 128 channels a head, q has {q.shape[-1]} and v {v.shape[-1]}"
-    if phase is not None:
-        return "its kernel for phase is not written yet"
     if log_decay is not None and log_decay.ndim == 4 and log_decay.dtype not in (jnp.bfloat16, jnp.float32):
         return f"log_decay has dtype {log_decay.dtype}, it takes float32 or bfloat16"
     return None
@@ -41,7 +40,7 @@ def pallas_tpu(q, k, v, log_decay, phase, initial_state, segment_ids):
     """Arguments and results as `api.linear_attention`."""
     batch, tokens, H, K = q.shape
     V = v.shape[-1]
-    kind = "none" if log_decay is None else "scalar" if log_decay.ndim == 1 else "vector" if k is not None else "tied"
+    kind = kind_of(k, log_decay, phase)
     plan = plan_for(tokens, H, K, V, kind, q.dtype, INTERPRET or False, q)
     heads, width = plan.heads, -(-H // plan.heads)
     padded = -(-tokens // plan.block) * plan.block
@@ -51,18 +50,35 @@ def pallas_tpu(q, k, v, log_decay, phase, initial_state, segment_ids):
         x = _pad(x, [(0, 0), (0, padded - tokens), (0, width * heads - H), (0, wide - x.shape[-1])])
         return x.reshape(batch, padded, width * LANES)
 
-    initial = None if initial_state is None else _state_to_columns(initial_state.astype(jnp.float32), width, heads)
+    initial = None if initial_state is None else initial_state.astype(jnp.float32)
+    if kind == "phase":  # the kernel's states are as the next block's first token sees them
+        theta = phase.astype(jnp.float32)
+        initial = None if initial is None else _phase_to_columns(_turned(initial, theta, 1), width, heads)
+    elif initial is not None:
+        initial = _state_to_columns(initial, width, heads)
     docs = None if segment_ids is None else _documents(segment_ids, q, padded, plan.chunk)
     q, v, k = to_columns(q), to_columns(v), None if k is None else to_columns(k)
     if kind in ("vector", "tied"):
         out, state = _vector(plan, q, k, v, to_columns(log_decay), initial, docs)
+    elif kind == "phase":
+        lanes = _pad(theta, [(0, width * heads - H), (0, LANES // heads - K)]).reshape(-1)
+        out, state = _phase(plan, q, k, v, lanes, initial, docs)
     else:
         rate = None
         if log_decay is not None:  # bounded, because minus infinity times an age of 0 would be NaN
             rate = _pad(jnp.maximum(log_decay.astype(jnp.float32), -1e4), [(0, width * heads - H)])
         out, state = _scalar(plan, q, k, v, rate, initial, docs)
     out = out.reshape(batch, padded, width * heads, LANES // heads)[:, :tokens, :H, :V]
+    if kind == "phase":
+        return out, _turned(_phase_from_columns(state, heads, K)[:, :H, :, :V], theta, tokens - 1 - padded)
     return out, _state_from_columns(state, heads)[:, :H, :K, :V]
+
+
+def kind_of(k, log_decay, phase) -> str:
+    """The operator, by its name in the table of tiles."""
+    if log_decay is None:
+        return "none" if phase is None else "phase"
+    return "scalar" if log_decay.ndim == 1 else "vector" if k is not None else "tied"
 
 
 def plan_for(tokens, H, K, V, kind, dtype, interpret, q=None) -> scalar.Plan:
@@ -86,7 +102,7 @@ def plan_for(tokens, H, K, V, kind, dtype, interpret, q=None) -> scalar.Plan:
 
 def inner_loops(plan, kind, direction) -> list[int]:
     """Trips of the loops inside a grid step, for reading a compiled schedule; loops of one trip are no loops."""
-    unrolled = kind in ("none", "scalar") and plan.chunks <= 4
+    unrolled = kind in ("none", "scalar", "phase") and plan.chunks <= 4
     trips = [plan.chunks] * (1 if direction == "forward" or unrolled else 2)
     return [n for n in trips if n > 1]
 
@@ -97,6 +113,20 @@ def _divisor(n: int, most: int) -> int:
 
 def _pad(x, widths, **kw):
     return jnp.pad(x, widths, **kw) if any(w != (0, 0) for w in widths) else x
+
+
+def _turned(state, theta, tokens):
+    """The state of a phase [B,H,2K,V], as it is that many tokens later if nothing is added to it.
+
+    Turned first by the leading 8 bits of theta, whose product is exact, then by the rest: 500 theta, rounded, is off by
+    1e-5 radians.
+    """
+    even, odd = jnp.split(state, 2, axis=2)
+    leading = jax.lax.stop_gradient(jax.lax.reduce_precision(theta, 8, 7))
+    for part in (leading, theta - leading):
+        cos, sin = jnp.cos(tokens * part)[..., None], jnp.sin(tokens * part)[..., None]
+        even, odd = cos * even - sin * odd, sin * even + cos * odd
+    return jnp.concatenate([even, odd], axis=2)
 
 
 def _state_to_columns(state, width, heads):
@@ -118,6 +148,18 @@ def _state_from_columns(state, heads):
     batch, width = state.shape[:2]
     both = jnp.stack([state[..., :64, :64], state[..., 64:, 64:]], axis=2)
     return both.reshape(batch, width * 2, 64, 64)
+
+
+def _phase_to_columns(state, width, heads):
+    """[B,H,2K,V] -> [B,W,128,256]: value channels first, the sine part turned backwards, as the kernel's features."""
+    even, odd = jnp.split(state, 2, axis=2)
+    return jnp.concatenate([_state_to_columns(x, width, heads).mT for x in (even, -odd)], axis=3)
+
+
+def _phase_from_columns(state, heads, K):
+    """The inverse: [B,W*heads,2K,128/heads]."""
+    even, odd = (_state_from_columns(x.mT, heads)[:, :, :K] for x in jnp.split(state, 2, axis=3))
+    return jnp.concatenate([even, -odd], axis=2)
 
 
 def _documents(segment_ids, q, padded, C):
@@ -183,3 +225,28 @@ def _vector_backward(plan, residuals, cotangents):
 
 
 _vector.defvjp(_vector_forward, _vector_backward, symbolic_zeros=True)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _phase(plan, q, k, v, theta, initial, docs):
+    return turning.forward(plan, q, k, v, theta, initial, docs, save=False)[:2]
+
+
+def _phase_forward(plan, *args):
+    q, k, v, theta, initial, docs = jax.tree.map(lambda x: x.value, args, is_leaf=lambda x: hasattr(x, "perturbed"))
+    out, state, saved = turning.forward(plan, q, k, v, theta, initial, docs, save=True)
+    learn = () if args[3].perturbed else None
+    return (out, state), (q, k, v, theta, docs, saved, None if initial is None else (), learn)
+
+
+def _phase_backward(plan, residuals, cotangents):
+    q, k, v, theta, docs, saved, started, learn = residuals
+    d_out, d_state = (None if isinstance(d, SymbolicZero) else d for d in cotangents)
+    d_out = jnp.zeros_like(v) if d_out is None else d_out
+    dq, dk, dv, d_initial, d_theta = turning.backward(
+        plan, q, k, v, theta, docs, saved, d_out, d_state, learn=learn is not None
+    )
+    return dq, dk, dv, d_theta, None if started is None else d_initial, None
+
+
+_phase.defvjp(_phase_forward, _phase_backward, symbolic_zeros=True)

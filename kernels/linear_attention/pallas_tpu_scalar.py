@@ -174,15 +174,16 @@ def walk(q, k, v, state, w, heads):
     return before + by_head(parts, heads), before, times(state, w.through) + added
 
 
-def _specs(plan, columns, blocks, batch_last=False):
-    """Block specifications by kind; the grid is (batch, groups of columns, blocks)."""
-    at = (lambda n: blocks - 1 - n) if batch_last else (lambda n: n)
+def _specs(plan, columns, blocks, state, reverse=False):
+    """Block specifications by kind; the grid is (batch, groups of columns, blocks); `state`: shape of a column's."""
+    at = (lambda n: blocks - 1 - n) if reverse else (lambda n: n)
     return {
         "tokens": pl.BlockSpec((1, plan.block, columns * LANES), lambda b, w, n: (b, at(n), w)),
         "docs": pl.BlockSpec((1, plan.chunks, DOCUMENT_ROWS, plan.chunk), lambda b, w, n: (b, at(n), 0, 0)),
-        "state": pl.BlockSpec((1, columns, LANES, LANES), lambda b, w, n: (b, w, 0, 0)),
-        "states": pl.BlockSpec((1, columns, 1, LANES, LANES), lambda b, w, n: (b, w, at(n), 0, 0)),
+        "state": pl.BlockSpec((1, columns, *state), lambda b, w, n: (b, w, 0, 0)),
+        "states": pl.BlockSpec((1, columns, 1, *state), lambda b, w, n: (b, w, at(n), 0, 0)),
         "rate": pl.BlockSpec(memory_space=pltpu.SMEM),
+        "table": pl.BlockSpec((2, plan.chunk + 8, columns * LANES), lambda b, w, n: (0, 0, w)),
         "rows": pl.BlockSpec((1, columns, DOCUMENT_ROWS, LANES), lambda b, w, n: (b, w, 0, 0)),
     }
 
@@ -191,7 +192,8 @@ def call(plan, columns, body, inputs, outputs, scratch, like, *, reverse, name):
     """pallas_call of `body` over (batch, groups of columns, blocks); inputs and outputs are (kind, array or shape)."""
     batch, padded, width = like.shape
     blocks = padded // plan.block
-    spec = _specs(plan, columns, blocks, reverse)
+    state = next(shape[2:] for kind, shape, _ in outputs if kind == "state")
+    spec = _specs(plan, columns, blocks, state, reverse)
     shapes = [_shape(shape, dtype, like) for _, shape, dtype in outputs]
     return pl.pallas_call(
         body,

@@ -31,11 +31,18 @@ VECTOR = {
     "v6e": Tiles(128, 512, 2, 1),
     "tpu7x": Tiles(128, 512, 2, 1),
 }
+PHASE = {
+    "v4": Tiles(128, 512, 4, 2),
+    "v5e": Tiles(128, 512, 4, 2),
+    "v5p": Tiles(128, 512, 4, 2),
+    "v6e": Tiles(256, 512, 4, 2),
+    "tpu7x": Tiles(256, 512, 4, 2),
+}
 
 
 def table(kind: str) -> dict[str, Tiles]:
-    """By generation; kind: none, scalar, vector or tied."""
-    return VECTOR if kind in ("vector", "tied") else SCALAR
+    """By generation; kind: none, scalar, phase, vector or tied."""
+    return {"phase": PHASE, "vector": VECTOR, "tied": VECTOR}.get(kind, SCALAR)
 
 
 _KINDS = {

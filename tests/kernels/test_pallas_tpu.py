@@ -17,8 +17,8 @@ from linscale.kernels import linear_attention
 from linscale.kernels.linear_attention import pallas_tpu
 
 GENERATIONS = {"v4": "v4:2x2x1", "v5e": "v5e:2x2", "v5p": "v5p:2x2x1", "v6e": "v6e:2x2", "tpu7x": "tpu7x:2x2x1"}
-KINDS = ("none", "scalar", "vector/1")  # one per kernel, in the budget
-EVERY = ("none", "scalar", "scalar-zero", "vector/0.05", "vector/0.1", "vector/1", "vector/10")
+KINDS = ("none", "scalar", "phase", "vector/1")  # one per kernel, in the budget
+EVERY = ("none", "scalar", "scalar-zero", "phase", "vector/0.05", "vector/0.1", "vector/1", "vector/10")
 
 
 @pytest.fixture
@@ -82,7 +82,7 @@ class TestAgainstFloat64Scan:
         arrays, ids = shared.draw(8, 200, kind, segments=True, tied_key=True)
         shared.compare("pallas_tpu", arrays, ids, 1e-5 if dtype == jnp.float32 else 5e-3, dtype=dtype)
 
-    @pytest.mark.parametrize("kind", ("none", "scalar", "vector/1"))
+    @pytest.mark.parametrize("kind", ("none", "scalar", "phase", "vector/1"))
     def test_every_token_its_own_document(self, kind):
         shared.TestAgainstFloat64Scan().test_closed_gates_and_many_documents("pallas_tpu", kind)
 
@@ -122,8 +122,11 @@ def compiled(mesh, kind, batch, tokens, heads, channels, *, gradient, dtype=jnp.
         arrays["log_decay"] = array((heads,), jnp.float32)
     if kind in ("vector", "tied"):
         arrays["log_decay"] = array(x.shape, jnp.float32)
+    if kind == "phase":
+        arrays["phase"] = array((heads, channels), jnp.float32)
     if state:
-        arrays["initial_state"] = array((batch, heads, channels, channels), jnp.float32)
+        rows = channels * (2 if kind == "phase" else 1)
+        arrays["initial_state"] = array((batch, heads, rows, channels), jnp.float32)
     ids = array((batch, tokens), jnp.int32) if segments else None
 
     def loss(arrays, ids):
@@ -136,7 +139,7 @@ def compiled(mesh, kind, batch, tokens, heads, channels, *, gradient, dtype=jnp.
 
 @pytest.mark.tpu_compile
 @pytest.mark.parametrize("generation", GENERATIONS)
-@pytest.mark.parametrize("kind", ("none", "scalar", "vector", "tied"))
+@pytest.mark.parametrize("kind", ("none", "scalar", "phase", "vector", "tied"))
 class TestCompiles:
     @pytest.mark.parametrize("channels", (64, 128))
     def test_shapes_of_the_benchmark_and_of_7b(self, generation, kind, channels):

@@ -1,0 +1,251 @@
+"""Linear attention with a phase (cosFormer2) on TPUs: Pallas Mosaic TPU, forward and backward.
+
+A query and a key meet as sum_c q_c k_c cos((t-s) theta_c), which is plain linear attention of twice the key channels:
+the features x cos(i theta) and x sin(i theta), i the place in the chunk. They are formed on chip from tables of C rows
+that are read once per row of blocks. The state [128, cos 128 | sin 128], value channels first, is held as the chunk's
+first token sees it, so that the same features serve for pairs inside the chunk and for the state; from chunk to chunk it
+turns by C theta. Turning it to where callers want it is left to XLA, outside (pallas_tpu.py).
+
+Blocks, columns and the two walks of the backward pass are those of pallas_tpu_scalar.
+
+Letters: B batch, T tokens, W columns of 128 lanes, N blocks of a row, C tokens of a chunk.
+"""
+
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+
+from linscale.kernels.linear_attention.pallas_tpu_scalar import (
+    DOCUMENT_ROWS,
+    F32,
+    LANES,
+    NN,
+    NT,
+    TN,
+    Plan,
+    by_head,
+    call,
+    dot,
+    only,
+    own_blocks,
+    scale,
+    times,
+    weights,
+)
+
+
+def tables(plan, theta):
+    """[2,C+8,W*128] float32: cos and sin of i theta for i = 0..C, from theta [W*128]; the last 7 rows are not used."""
+    angle = jnp.arange(plan.chunk + 8, dtype=F32)[:, None] * theta
+    return jnp.stack([jnp.cos(angle), jnp.sin(angle)])
+
+
+def both(cos, sin):
+    return jnp.concatenate([cos, sin], axis=1)
+
+
+def parts(x):
+    return x[:, :LANES], x[:, LANES:]
+
+
+def features(x, cos, sin):
+    """[C,256] in the dtype of x."""
+    wide = x.astype(F32)
+    return both((wide * cos).astype(x.dtype), (wide * sin).astype(x.dtype))
+
+
+def folded(d_features, cos, sin):
+    """Gradient of x from that of its features."""
+    of_cos, of_sin = parts(d_features)
+    return of_cos * cos + of_sin * sin
+
+
+def own(x, head, heads):
+    """Features with those of the column's other heads set to zero."""
+    return x if heads == 1 else both(*(only(p, head, heads) for p in parts(x)))
+
+
+def own_states(state, heads):
+    return state if heads == 1 else both(*(own_blocks(p, heads) for p in parts(state)))
+
+
+def of_head(each, heads):
+    """As by_head, for features."""
+    return each[0] if heads == 1 else both(*(by_head(list(p), heads) for p in zip(*map(parts, each))))
+
+
+def turn(state, cos, sin):
+    """The state seen from an angle further on; with -sin, its gradient seen from where it was."""
+    even, odd = parts(state)
+    return both(cos * even + sin * odd, cos * odd - sin * even)
+
+
+def through_documents(weight):
+    return None if weight.through is None else both(weight.through, weight.through)
+
+
+def load_tables(table_ref, w, C):
+    """cos and sin [C,128] of the places in a chunk, and [1,128] of a whole chunk."""
+    cols = pl.ds(w * LANES, LANES)
+    return [table_ref[n, pl.ds(0, C), cols] for n in (0, 1)], [table_ref[n, pl.ds(C, 1), cols] for n in (0, 1)]
+
+
+def forward(plan: Plan, q, k, v, theta, initial, docs, *, save: bool):
+    """(out, the state after the last block, the states before the blocks if `save`).
+
+    As pallas_tpu_scalar.forward, but states are [...,128,256], value channels first; theta [W*128] float32.
+    """
+    batch, padded, width = q.shape
+    columns, dtype, C, heads = plan.columns, q.dtype, plan.chunk, plan.heads
+
+    def body(*refs):
+        refs = list(refs)
+        q_ref, k_ref, v_ref, table_ref = refs[:4]
+        del refs[:4]
+        initial_ref = refs.pop(0) if initial is not None else None
+        docs_ref = refs.pop(0) if docs is not None else None
+        out_ref, final_ref = refs.pop(0), refs.pop(0)
+        saved_ref = refs.pop(0) if save else None
+        (state,) = refs
+        t = pl.program_id(2)
+
+        @pl.when(t == 0)
+        def _():
+            state[...] = jnp.zeros_like(state) if initial_ref is None else initial_ref[0]
+
+        if save:
+            saved_ref[0, :, 0] = state[...]
+
+        def chunk(c, _):
+            rows = pl.ds(pl.multiple_of(c * C, C), C)
+            for w in range(columns):
+                at = (0, rows, pl.ds(w * LANES, LANES))
+                weight = weights(plan, None, None, docs_ref, t, c, w, 0)
+                here, chunk_on = load_tables(table_ref, w, C)
+                queries, keys, v = features(q_ref[at], *here), features(k_ref[at], *here), v_ref[at]
+                read = times(dot(queries, state[w].astype(dtype), NT), weight.q_in)
+                each = []
+                for g in range(heads):
+                    scores = dot(own(queries, g, heads), keys, NT) * weight.inside[g]
+                    each.append(dot(scores.astype(dtype), v, NN))
+                out_ref[at] = (read + by_head(each, heads)).astype(dtype)
+                added = own_states(dot(v, scale(keys, weight.k_out), TN), heads)
+                state[w] = turn(times(state[w], through_documents(weight)) + added, *chunk_on)
+            return 0
+
+        lax.fori_loop(0, plan.chunks, chunk, 0)
+
+        @pl.when(t == pl.num_programs(2) - 1)
+        def _():
+            final_ref[0] = state[...]
+
+    one = (batch, width // LANES, LANES, 2 * LANES)
+    inputs = [("tokens", q), ("tokens", k), ("tokens", v), ("table", tables(plan, theta))]
+    inputs += [("state", initial)] if initial is not None else []
+    inputs += [("docs", docs)] if docs is not None else []
+    outputs = [("tokens", q.shape, dtype), ("state", one, F32)]
+    outputs += [("states", (*one[:2], padded // plan.block, *one[2:]), F32)] * save
+    scratch = [pltpu.VMEM((columns, LANES, 2 * LANES), F32)]
+    out, final, *saved = call(
+        plan, columns, body, inputs, outputs, scratch, q, reverse=False, name="linear_attention_forward"
+    )
+    return out, final, saved[0] if save else None
+
+
+def backward(plan: Plan, q, k, v, theta, docs, saved, d_out, d_final, *, learn: bool):
+    """(dq, dk, dv, the state's gradient before the first token [B,W,128,256], d theta [W*128] if `learn`)."""
+    batch, _, width = q.shape
+    columns, dtype, C, heads = plan.columns_backward, q.dtype, plan.chunk, plan.heads
+
+    def body(*refs):
+        refs = list(refs)
+        q_ref, k_ref, v_ref, d_out_ref, saved_ref, table_ref = refs[:6]
+        del refs[:6]
+        d_final_ref = refs.pop(0) if d_final is not None else None
+        docs_ref = refs.pop(0) if docs is not None else None
+        dq_ref, dk_ref, dv_ref, d_initial_ref = refs[:4]
+        del refs[:4]
+        d_theta_ref = refs.pop(0) if learn else None
+        d_state, state, states = refs
+        step = pl.program_id(2)
+        t = pl.num_programs(2) - 1 - step
+
+        @pl.when(step == 0)
+        def _():
+            d_state[...] = jnp.zeros_like(d_state) if d_final_ref is None else d_final_ref[0]
+            if learn:
+                d_theta_ref[...] = jnp.zeros_like(d_theta_ref)
+
+        state[...] = saved_ref[0, :, 0]
+
+        def load(c, w):
+            at = (0, pl.ds(pl.multiple_of(c * C, C), C), pl.ds(w * LANES, LANES))
+            return at, weights(plan, None, None, docs_ref, t, c, w, 0), *load_tables(table_ref, w, C)
+
+        def onward(c, _):
+            for w in range(columns):
+                at, weight, here, chunk_on = load(c, w)
+                states[w, c] = state[w].astype(dtype)
+                keys = scale(features(k_ref[at], *here), weight.k_out)
+                added = own_states(dot(v_ref[at], keys, TN), heads)
+                state[w] = turn(times(state[w], through_documents(weight)) + added, *chunk_on)
+            return 0
+
+        def back(i, _):
+            c = plan.chunks - 1 - i
+            for w in range(columns):
+                at, weight, here, (cos, sin) = load(c, w)
+                turned = weights(plan, None, None, docs_ref, t, c, w, 0, turned=True)
+                q, k, v, d_out = (ref[at] for ref in (q_ref, k_ref, v_ref, d_out_ref))
+                queries, keys = features(q, *here), features(k, *here)
+                keys_out = scale(keys, weight.k_out)
+                after = turn(d_state[w], cos, -sin)
+                low = after.astype(dtype)
+                d_queries, d_keys, dvs = [], [], []
+                for g in range(heads):
+                    d_scores = (dot(only(d_out, g, heads), v, NT) * weight.inside[g]).astype(dtype)
+                    scores = dot(own(keys, g, heads), queries, NT) * turned.inside[g]  # [keys, queries]
+                    dvs.append(dot(scores.astype(dtype), d_out, NN))
+                    d_queries.append(dot(d_scores, keys, NN))
+                    d_keys.append(dot(d_scores, queries, TN))
+                d_queries = of_head(d_queries, heads) + times(dot(d_out, states[w, c], NN), weight.q_in)
+                d_keys_out = dot(v, low, NN)
+                d_keys = of_head(d_keys, heads) + times(d_keys_out, weight.k_out)
+                dq_ref[at] = folded(d_queries, *here).astype(dtype)
+                dk_ref[at] = folded(d_keys, *here).astype(dtype)
+                dv_ref[at] = (by_head(dvs, heads) + dot(keys_out, low, NT)).astype(dtype)
+                if learn:
+                    learned = folded(d_queries, -here[1], here[0]) * q + folded(d_keys, -here[1], here[0]) * k
+                    learned = learned * lax.broadcasted_iota(jnp.int32, learned.shape, 0).astype(F32)
+                    d_theta_ref[0, w, :1] += jnp.sum(learned, axis=0, keepdims=True)
+                    # The turn: states before the chunk and keys of the chunk, as its first token sees them.
+                    (even, odd), (d_even, d_odd) = parts(states[w, c].astype(F32)), parts(after)
+                    carried = times(jnp.sum(d_even * odd - d_odd * even, axis=0, keepdims=True), weight.through)
+                    (even, odd), (d_even, d_odd) = parts(keys_out.astype(F32)), parts(d_keys_out)
+                    carried += jnp.sum(d_even * odd - d_odd * even, axis=0, keepdims=True)
+                    d_theta_ref[0, w, :1] += C * carried
+                d_state[w] = times(after, through_documents(weight)) + own_states(
+                    dot(d_out, scale(queries, weight.q_in), TN), heads
+                )
+            return 0
+
+        lax.fori_loop(0, plan.chunks, onward, 0, unroll=plan.chunks <= 4)
+        lax.fori_loop(0, plan.chunks, back, 0)
+
+        @pl.when(t == 0)
+        def _():
+            d_initial_ref[0] = d_state[...]
+
+    one = (batch, width // LANES, LANES, 2 * LANES)
+    inputs = [("tokens", x) for x in (q, k, v, d_out)] + [("states", saved), ("table", tables(plan, theta))]
+    inputs += [("state", d_final)] if d_final is not None else []
+    inputs += [("docs", docs)] if docs is not None else []
+    outputs = [("tokens", q.shape, dtype)] * 3 + [("state", one, F32)]
+    outputs += [("rows", (*one[:2], DOCUMENT_ROWS, LANES), F32)] * learn
+    small = pltpu.VMEM((columns, LANES, 2 * LANES), F32)
+    scratch = [small, small, pltpu.VMEM((columns, plan.chunks, LANES, 2 * LANES), dtype)]
+    dq, dk, dv, d_initial, *d_theta = call(
+        plan, columns, body, inputs, outputs, scratch, q, reverse=True, name="linear_attention_backward"
+    )
+    return dq, dk, dv, d_initial, d_theta[0][:, :, 0].sum(0).reshape(-1) if learn else None
