@@ -255,4 +255,9 @@ def envelope(arguments: argparse.Namespace) -> int:
             Path(arguments.json).write_text(content + "\n", encoding="utf-8")
         except OSError as error:
             raise ConfigError(f"--json {arguments.json} cannot be written: {error.strerror}.") from error
+    if arguments.report:
+        from linscale.scaling import report  # draws: matplotlib
+
+        hardware = hardware_days.chosen(arguments)[0]
+        print(report.write_to(Path(arguments.report), ladder, arguments.folder[0], options, lambda _: None, hardware))
     return 0

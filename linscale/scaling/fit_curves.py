@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from linscale.config import ConfigError
-from linscale.scaling import laws, printing, tables
+from linscale.scaling import hardware_days, laws, printing, tables
 from linscale.scaling.flops import PF_DAY
 
 RUNS = ("run", "run_name", "name", "run_id")
@@ -24,7 +24,8 @@ def main(arguments: argparse.Namespace) -> int:
     columns = tables.Columns(
         *(getattr(arguments, option) for option in ("n", "d", "loss", "flops")), where=tuple(arguments.where)
     )
-    results = []
+    results, fits, lines, said = [], {}, {}, []
+    counted = "6 N D" if arguments.flops is None else "as counted"
     for name, (group, notes) in read(arguments.folder[0], columns, arguments.run, arguments.group).items():
         try:
             found = laws.fit_curves(name or "The file", group, options)
@@ -41,7 +42,8 @@ def main(arguments: argparse.Namespace) -> int:
             notes.append(laws.LATE.format(name or "the file") + " Give a lower --skip if the curves are good there.")
         if found.failed:
             notes.append(f"{found.failed} of {found.draws} draws of the runs could not be fitted.")
-        counted = "6 N D" if arguments.flops is None else "as counted"
+        fits[name], lines[name] = found, [laws.Line(c.name, c.n, c.compute, c.loss) for c in group]
+        said += [f"{name}: {note}" if name else note for note in notes]
         print("\n".join(as_lines(name, found, options, arguments.n, counted, notes)) + "\n")
         results.append(as_json(name, found, options, arguments.n, counted, notes))
     if not results:
@@ -49,7 +51,23 @@ def main(arguments: argparse.Namespace) -> int:
     if arguments.json:
         content = results[0] if arguments.group is None else {"fits": results}
         Path(arguments.json).write_text(json.dumps(content, indent=1, allow_nan=False) + "\n", encoding="utf-8")
+    if arguments.report:
+        print(_report(arguments, options, fits, lines, said, counted, results))
     return 0
+
+
+def _report(arguments, options: laws.Options, fits, lines, notes: list[str], counted: str, results: list[dict]) -> Path:
+    from linscale.scaling import envelope_page  # draws: matplotlib
+
+    about = envelope_page.About(
+        loss="loss",
+        compute={"6 N D": "6 N D", "as counted": f"the column {arguments.flops!r}"}[counted],
+        n=f"the column {arguments.n!r}",
+        options=options,
+        hardware=hardware_days.chosen(arguments)[0],
+    )
+    source = Path(arguments.folder[0]).name
+    return envelope_page.write(Path(arguments.report), source, lines, fits, notes, about, {"fits": results})
 
 
 def read(path, columns: tables.Columns, run: str | None, group: str | None) -> dict[str, tuple[list[laws.Curve], list]]:

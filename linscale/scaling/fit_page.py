@@ -66,11 +66,11 @@ def write(folder: Path, groups: list[Group], about: About, compared: joint.Joint
     return index
 
 
-def sections(groups: list[Group], about: About, folder: Path) -> list[Markup]:
+def sections(groups: list[Group], about: About, folder: Path, heading: str = "Coefficients") -> list[Markup]:
     """Coefficients, budgets and figures, as a part of a page; figures are saved in folder."""
     lines = {group.name: frontier(group, about.compute) for group in groups}
     laws = [group for group in groups if group.law]
-    body = [element("h2", "Coefficients"), _coefficients(groups), _exponents(laws)]
+    body = [element("h2", heading), _coefficients(groups), _exponents(laws)]
     if laws and any(lines.values()):
         shown = fit_plots.optimal_loss({g.name: g.found for g in laws}, lines, COMPUTES[about.compute])
         body += [
@@ -81,7 +81,7 @@ def sections(groups: list[Group], about: About, folder: Path) -> list[Markup]:
                 "the runs, which lie above the line where their N and D are not the best for their compute.",
             ),
             element("h2", "What to train with a budget"),
-            element("p", _convention(laws[0].found.runs, about)),
+            element("p", convention(laws[0].found.runs, about)),
             _optima(laws, about),
         ]
     for i, group in enumerate(groups):
@@ -155,7 +155,7 @@ def _title(groups: list[Group], about: About) -> str:
     return f"Scaling laws of {about.source}" + (f": {', '.join(names)}" if 1 < len(names) < 6 else "")
 
 
-def _convention(runs: parametric.Runs, about: About) -> str:
+def convention(runs: parametric.Runs, about: About) -> str:
     counted = "C is counted, from the file's or the trainer's FLOPs" if runs.flops is not None else "C is 6 N D"
     n = f"the column {runs.n_name!r}, as the file counts parameters" if about.columns else runs.n_name
     best = " The budgets take C = 6 N D." if about.compute == "6nd" and runs.flops is not None else ""
@@ -170,7 +170,7 @@ def _head(groups: list[Group], about: About) -> Markup:
     return Markup(
         element("h1", _title(groups, about))
         + element("p", f"{about.formula}, fitted to {total} runs by {about.method}.", class_="lead")
-        + element("p", _convention(groups[0].found.runs, about))
+        + element("p", convention(groups[0].found.runs, about))
         + warnings
     )
 

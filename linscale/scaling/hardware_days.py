@@ -82,3 +82,11 @@ def form(hardware: Hardware) -> Markup:
         element("label", "% of peak (MFU)", share),
         class_="hardware",
     )
+
+
+def budgets(values: list[float]) -> tuple[float, ...]:
+    """--budget in FLOPs. Raises ConfigError for what is no amount of FLOPs."""
+    for value in values:
+        if not (math.isfinite(value) and 1 <= value < 1e40):
+            raise ConfigError(f"--budget is {value}; it must be a positive number of FLOPs.")
+    return tuple(values)

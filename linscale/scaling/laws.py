@@ -76,6 +76,17 @@ class Curve:
 
 
 @dataclasses.dataclass(frozen=True)
+class Line:
+    """A run's curve as a figure shows it: whole, thinned, finished or not."""
+
+    name: str
+    n: float
+    compute: np.ndarray  # PFLOP/s-days
+    loss: np.ndarray
+    finished: bool = True
+
+
+@dataclasses.dataclass(frozen=True)
 class Power:
     """y = coefficient C^exponent through the points of the envelope."""
 
@@ -85,9 +96,17 @@ class Power:
     exponent_interval: tuple[float, float]
     points: np.ndarray  # [G]
     band: np.ndarray  # [2, G] 95 % of the law
+    draws: np.ndarray  # [S, 2] coefficient and exponent of the draws that could be fitted
 
     def __call__(self, compute):
         return self.coefficient * compute**self.exponent
+
+    def interval(self, compute: float) -> tuple[float, float]:
+        """95 % of the law at any compute; NaN without draws."""
+        if not len(self.draws):
+            return np.nan, np.nan
+        low, high = np.percentile(self.draws[:, 0] * compute ** self.draws[:, 1], [2.5, 97.5])
+        return float(low), float(high)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -103,6 +122,7 @@ class Fit:
     envelope: np.ndarray  # [G] nats per token
     best: tuple[str, ...]  # [G] the run on the envelope
     band: np.ndarray  # [2, G] 95 % of the law's loss
+    law: Power  # the same a, b, envelope and band, with draws
     rms: float  # of log L about the law; 0.01 is 1 % of the loss
     runs: tuple[str, ...]  # fitted
     draws: int
@@ -188,6 +208,7 @@ def fit_curves(arch: str, group: list[Curve], options: Options = Options()) -> F
         envelope=law.points,
         best=tuple(group[i].name for i in best_SG[0]),
         band=law.band,
+        law=law,
         rms=float(np.sqrt(np.mean(np.log(law.points / law(10**grid_G)) ** 2))),
         runs=tuple(curve.name for curve in group),
         draws=options.resamples,
@@ -241,6 +262,7 @@ def _power(grid_G: np.ndarray, y_SG: np.ndarray) -> Power:
         exponent_interval=tuple(map(float, interval(slope_S))),
         points=np.where(np.isfinite(y_SG[0]), 10 ** np.where(np.isfinite(y_SG[0]), y_SG[0], 0.0), np.nan),
         band=10 ** interval(intercept_S[:, None] + slope_S[:, None] * grid_G),
+        draws=np.stack([10**intercept_S, slope_S], 1),
     )
 
 

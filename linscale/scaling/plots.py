@@ -1,92 +1,23 @@
-"""The figures of a ladder's report: laws side by side, curves against compute and tokens, loss against size."""
+"""The figures that only a ladder has: loss against size, and training curves against tokens."""
 
 import numpy as np
 from matplotlib.figure import Figure
 
 from linscale.scaling import laws
 from linscale.scaling.appearance import COLOURS, LABELS, MARKERS
-from linscale.scaling.drawing import INK, MUTED, decades, hover, loss_axis, styled
+from linscale.scaling.drawing import decades, hover, loss_axis, styled
 from linscale.scaling.fit import short
 from linscale.scaling.runs import Curve, Run, compute
 
-COMPUTE_LABEL = "training compute C (PFLOP/s-days)"
-LOSS_LABEL = {"heldout": "held-out loss (nats per token)", "train": "training loss (nats per token)"}
 
-
-def law(fit: laws.Fit) -> str:
-    return f"{fit.a:.3f} C^{fit.b:.4f}".replace("-", "\N{MINUS SIGN}")
-
-
-@styled
-def comparison(fits: dict[str, laws.Fit], options: laws.Options) -> Figure:
-    """All laws with their bands, and the envelope points that they are fitted to."""
-    figure = Figure(figsize=(9.2, 4.9), layout="constrained")
-    axes = figure.subplots()
-    everything = [fit.compute for fit in fits.values()]
-    low, high = min(c[0] for c in everything), max(c[-1] for c in everything)
-    for arch, fit in fits.items():
-        colour = COLOURS[arch][0]
-        axes.fill_between(fit.compute, *fit.band, color=colour, alpha=0.13, linewidth=0)
-        axes.plot(fit.compute, fit(fit.compute), color=colour, linewidth=2.0)
-        beyond = np.array([fit.compute[-1], high * 3])
-        axes.plot(beyond, fit(beyond), color=colour, linewidth=1.2, dashes=(4, 3))
-        axes.plot(fit.compute, fit.envelope, MARKERS[arch], color=colour, markersize=4, markeredgewidth=0, alpha=0.8)
-        texts = [
-            f"{LABELS[arch]}, envelope by {run}\nC = {c:.3g} PFLOP/s-days\nloss {loss:.4f}\n"
-            f"law {fit(c):.4f}, 95 % {low_:.4f} to {high_:.4f}"
-            for c, loss, run, low_, high_ in zip(fit.compute, fit.envelope, fit.best, *fit.band)
-        ]
-        hover(axes, fit.compute, fit.envelope, texts, arch)
-        label = f"{LABELS[arch]}: {law(fit)}"
-        axes.plot([], [], color=colour, marker=MARKERS[arch], markersize=5, linewidth=2, label=label)
-    axes.set_xlim(low / 1.3, high * 3)
-    loss_axis(axes, LOSS_LABEL[options.loss])
-    decades(axes, COMPUTE_LABEL)
-    axes.legend(loc="upper right", handlelength=2.4)
-    return figure
-
-
-@styled
-def against_compute(arch: str, runs: list[Run], fit: laws.Fit | None, options: laws.Options) -> Figure:
-    """The curves of one architecture's runs, their envelope, and the law with its band."""
-    figure = Figure(figsize=(6.0, 4.3), layout="constrained")
-    axes = figure.subplots()
-    colour = COLOURS[arch][0]
-    runs = sorted(runs, key=lambda run: run.parameters.nonembedding)
-    shown = []
-    for i, run in enumerate(runs):
-        curve = _curve(run, options)
-        if not len(curve):
-            continue
-        x = compute(run, curve, options.compute)
-        strength = 0.35 + 0.5 * i / max(1, len(runs) - 1)
-        axes.plot(x, curve.loss, color=colour, alpha=strength, linewidth=1.1, zorder=2)
-        texts = [f"{run.name}\nC = {c:.3g} PFLOP/s-days\nloss {y:.4f}" for c, y in zip(x, curve.loss)]
-        hover(axes, x, curve.loss, texts, arch)
-        size = short(run.parameters.nonembedding) + ("" if run.finished else " (unfinished)")
-        place = dict(textcoords="offset points", ha="center", va="top", fontsize=8, color=MUTED)
-        axes.annotate(size, (x[-1], curve.loss[-1]), (-4, -9), **place)
-        shown.append((x, curve.loss))
-    axes.plot([], [], color=colour, alpha=0.6, linewidth=1.1, label="runs, with parameters without embedding")
-    if fit is not None:
-        axes.fill_between(fit.compute, *fit.band, color=INK, alpha=0.14, linewidth=0, zorder=3)
-        axes.plot(fit.compute, fit(fit.compute), color=INK, linewidth=1.5, zorder=4)
-        axes.plot(
-            fit.compute, fit.envelope, MARKERS[arch], color=colour, markersize=4.5, markeredgewidth=0, zorder=5,
-            label="envelope",
-        )  # fmt: skip
-        axes.plot([], [], color=INK, linewidth=1.5, label=f"law {law(fit)}, 95 % band")
-    axes.set_title(LABELS[arch])
-    if shown:
-        # The first steps fall from ln(vocabulary): of interest to nobody, and they squeeze the rest.
-        start = fit.compute[0] / 10 if fit else min(x[-1] for x, _ in shown) / 100
-        axes.set_xlim(start, max(x[-1] for x, _ in shown) * 3)
-        visible = np.concatenate([loss[x >= start] for x, loss in shown])
-        axes.set_ylim(visible.min() * 0.92, visible.max() * 1.03)
-    loss_axis(axes, LOSS_LABEL[options.loss])
-    decades(axes, COMPUTE_LABEL)
-    axes.legend(loc="upper right")
-    return figure
+def lines(group: list[Run], options: laws.Options) -> list[laws.Line]:
+    """The curves of runs, thinned, as they go into a figure; empty ones left out."""
+    curves = [(run, _curve(run, options)) for run in group]
+    return [
+        laws.Line(run.name, run.parameters.nonembedding, compute(run, curve, options.compute), curve.loss, run.finished)
+        for run, curve in curves
+        if len(curve)
+    ]
 
 
 @styled

@@ -6,12 +6,13 @@ import json
 import re
 from html.parser import HTMLParser
 
+import numpy as np
 import pytest
 from matplotlib.figure import Figure
 from synthetic_ladder import SHAPES, rung, write_ladder, write_run
 
 from linscale.config import ConfigError
-from linscale.scaling import appearance, drawing, paper, plots, report, runs
+from linscale.scaling import appearance, drawing, envelope_page, fit, flops, laws, paper, plots, report, runs
 
 VOID = {"meta", "br", "hr", "img", "input", "link"}
 
@@ -111,7 +112,7 @@ def test_ids_are_unique_and_resolve(html):
 def test_figures_follow_the_page_theme(html):
     """Colours are CSS variables that both themes define."""
     figures = "".join(re.findall(r"<svg.*?</svg>", html, flags=re.DOTALL))
-    assert len(re.findall(r'<svg[^>]*role="img"', html)) == 7
+    assert len(re.findall(r'<svg[^>]*role="img"', html)) == 9
     assert set(re.findall(r"var\(--(\w+)\)", figures)) <= {"font", *appearance.COLOURS, *appearance.NEUTRALS}
     assert not re.search(r"(fill|stroke): #(?!ffffff)", figures), "a colour that does not change with the theme"
     assert "prefers-color-scheme:dark" in html and "@media print" in html
@@ -121,6 +122,7 @@ def test_figures_follow_the_page_theme(html):
 def test_png_files_and_json(folder, html):
     names = {file.name for file in (folder / "report").iterdir()}
     figures = {f"compute-{arch}.png" for arch in paper.TABLE3} | {"comparison.png", "parameters.png", "training.png"}
+    figures |= {"n-opt.png", "d-opt.png"}
     assert names == figures | {name.replace(".png", ".svg") for name in figures} | {"index.html", "fit.json"}
     for name in figures:
         assert (folder / "report" / name).read_bytes().startswith(b"\x89PNG")
@@ -133,9 +135,10 @@ def test_every_run_and_its_numbers_are_there(folder, html):
         assert run.name in text
         assert f"{run.heldout.loss[-1]:.4f}" in text and f"{run.heldout_bpb:.4f}" in text
         assert f"{run.parameters.total:,}" in text and f"{run.parameters.nonembedding:,}" in text
-    for laws in paper.TABLE3.values():
-        assert f"{laws.loss.coefficient:.4f}" in text
-        assert f"{laws.loss.exponent:.4f}".replace("-", "\N{MINUS SIGN}") in text
+    for published in paper.TABLE3.values():
+        assert f"{published.loss.coefficient:.4f}" in text
+        for law in (published.loss, published.parameters, published.tokens):
+            assert f"{law.exponent:.4f}".replace("-", "\N{MINUS SIGN}") in text
     assert "the text of the Python standard library" in text and "exact accounting" in text
 
 
@@ -196,3 +199,74 @@ def test_curves_are_thinned_without_their_ends(folder):
     run = max(runs.read([folder]).runs, key=lambda run: len(run.train))
     thin = plots._thin(run.train, 50)
     assert len(thin) <= 50 and thin.tokens[0] == run.train.tokens[0] and thin.tokens[-1] == run.train.tokens[-1]
+
+
+@pytest.fixture(scope="module")
+def wide(tmp_path_factory):
+    """TNL at 3 sizes x 4 lengths: enough for L(N, D); and two runs of HGRN2."""
+    folder = tmp_path_factory.mktemp("wide")
+    for arch, times in (("tnl", (4, 10, 25, 60)), ("hgrn2", (6,))):
+        for shape in SHAPES[:3]:
+            for ratio in times:
+                config = rung(arch, shape, f"{arch}-{shape[1]}-{ratio}", ratio, floor=100_000)
+                n = flops.count_parameters(config.model).nonembedding
+                write_run(
+                    folder, config, lambda t, n=n: 0.8 + 30 * n**-0.3 + 60 * t**-0.32, noise=0.002, seed=ratio + n
+                )
+    return folder
+
+
+def test_with_enough_runs_the_report_has_the_law_of_size_and_tokens(wide, capsys):
+    options = ["--hardware", "v5e:4x4", "--budget", "1e13", "1e14", "--resamples", "60"]
+    assert report.main([str(wide), *options]) == 0
+    html = (wide / "report" / "index.html").read_text(encoding="utf-8")
+    text = " ".join("".join(Balanced(html).text).split())
+    content = json.loads((wide / "report" / "fit.json").read_text())
+    (law,) = content["L(N, D)"]
+    assert law["arch"] == "tnl" and law["n_runs"] == 12 and len(law["optimal"]) == 2
+    assert f"{law['coefficients']['alpha']:.4g}" in text and "Coefficients of L(N, D)" in text
+    assert "hgrn2 has 3 finished runs; L(N, D) has 5 coefficients" in text
+    assert (wide / "report" / "contours.svg").exists() and (wide / "report" / "residuals.png").exists()
+    for best in law["optimal"]:
+        assert fit.short(best["n"]) in text and fit.short(best["d"]) in text
+    # 1e14 FLOPs on 16 chips of 197 TFLOP/s at 40 %
+    assert f"{1e14 / (16 * 197e12 * 0.4):.3g} seconds" in text
+
+
+def test_budgets_of_the_envelope_law_have_intervals_and_time(folder, html):
+    ladder = runs.read([folder])
+    fits, _ = laws.fit_ladder(ladder)
+    text = " ".join("".join(Balanced(html).text).split()).replace("\N{MINUS SIGN}", "-")
+    for law in fits.values():
+        for at in envelope_page.round_budgets(fits):
+            low, high = law.law.interval(at)
+            assert f"{law(at):.4f}{low:.4f} … {high:.4f}" in text
+            assert fit.short(law.n_opt(at)) in text and fit.short(law.d_opt(at)) in text
+
+
+def test_fit_of_a_ladder_writes_the_same_report_elsewhere(folder, html, tmp_path, capsys):
+    assert fit.main([str(folder), "--report", str(tmp_path / "there")]) == 0
+    there = (tmp_path / "there" / "index.html").read_text(encoding="utf-8")
+    assert there == html
+    assert capsys.readouterr().out.splitlines()[-1] == str(tmp_path / "there" / "index.html")
+
+
+def test_curves_of_a_file_get_a_page(tmp_path, capsys):
+    file = tmp_path / "curves.csv"
+    with file.open("w") as out:
+        out.write("run,arch,params,tokens,loss\n")
+        for arch, a in (("llama", 20.0), ("other <x>", 18.0)):
+            for n in (1e6, 3e6, 1e7, 3e7, 1e8):
+                for t in 20 * n * np.geomspace(0.02, 1, 30):
+                    out.write(f"{arch}-{n:.0f},{arch},{n:.0f},{t:.0f},{0.5 + a * n**-0.2 + 40 * t**-0.25:.6f}\n")
+    options = ["--form", "envelope", "--n", "params", "--d", "tokens", "--loss", "loss", "--group", "arch"]
+    assert fit.main([str(file), *options, "--resamples", "50", "--report", str(tmp_path / "page")]) == 0
+    html = (tmp_path / "page" / "index.html").read_text(encoding="utf-8")
+    parsed = Balanced(html)
+    text = " ".join("".join(parsed.text).split())
+    assert "the column 'params'" in text and "6 N D" in text and "other <x>" in text
+    assert "0.7118" in text and "10 bins" not in text and "0.1 decade" in text and "0.05 decades" in text
+    content = json.loads((tmp_path / "page" / "fit.json").read_text())
+    for one in content["fits"]:
+        assert f"{one['coefficients']['L_exponent']:.4f}".replace("-", "\N{MINUS SIGN}") in text
+    assert {"comparison.png", "n-opt.svg", "d-opt.svg"} <= {path.name for path in (tmp_path / "page").iterdir()}
