@@ -187,13 +187,10 @@ _COMPARABLE = (
 
 
 def _coefficients(fits: dict[str, laws.Fit]) -> Markup:
-    at, losses = _at_common_compute(fits)
     published = {name: paper.laws(name) for name in fits}
     head = ["architecture", "law", "coefficient", "exponent"]
     head += ["paper's coefficient", "paper's exponent"] if any(published.values()) else []
-    head += ["runs", "fitted over C", "scatter"]
-    if losses:
-        head.append(Markup(f"loss at C = {power(at, 1)}"))
+    head += ["fitted over C", "scatter"]
     rows = []
     for i, (name, fit) in enumerate(fits.items()):
         for title, law, field in (
@@ -206,13 +203,9 @@ def _coefficients(fits: dict[str, laws.Fit]) -> Markup:
             if any(published.values()):
                 theirs = getattr(published[name], field) if published[name] else None
                 row += [_big(theirs.coefficient), minus(theirs.exponent, 4)] if theirs else [NONE, NONE]
-            row += [
-                len(fit.runs),
-                Number(Markup(f"{power(fit.compute[0], 1)} … {power(fit.compute[-1], 1)}"), fit.compute[-1]),
-            ]
+            span = f"{power(fit.compute[0], 1)} … {power(fit.compute[-1], 1)}<small>{len(fit.runs)} runs</small>"
+            row.append(Number(Markup(span), fit.compute[-1]))
             row.append(f"{100 * fit.rms:.1f} %" if field == "loss" else NONE)
-            if losses:
-                row.append(_with_interval(*losses[name]) if field == "loss" else NONE)
             rows.append(row)
     return table(head, rows, words=2)
 

@@ -66,21 +66,21 @@ def write(folder: Path, groups: list[Group], about: About, compared: joint.Joint
     return index
 
 
-def sections(groups: list[Group], about: About, folder: Path, heading: str = "Coefficients") -> list[Markup]:
-    """Coefficients, budgets and figures, as a part of a page; figures are saved in folder."""
+def sections(groups: list[Group], about: About, folder: Path, of: str = "") -> list[Markup]:
+    """Coefficients, budgets and figures, as a part of a page; figures are saved in folder. of: after the headings."""
     lines = {group.name: frontier(group, about.compute) for group in groups}
     laws = [group for group in groups if group.law]
-    body = [element("h2", heading), _coefficients(groups), _exponents(laws)]
+    body = [element("h2", f"Coefficients{of}"), _coefficients(groups), _exponents(laws)]
     if laws and any(lines.values()):
         shown = fit_plots.optimal_loss({g.name: g.found for g in laws}, lines, COMPUTES[about.compute])
         body += [
-            element("h2", "The least loss of a budget"),
+            element("h2", f"The least loss of a budget{', by the optimum' + of if of else ''}"),
             figure(
                 save(shown, "optimal-loss", folder),
                 "Lines: the law at the best N and D of every budget, with its 95 % band; dashed beyond the runs. Points: "
                 "the runs, which lie above the line where their N and D are not the best for their compute.",
             ),
-            element("h2", "What to train with a budget"),
+            element("h2", f"What to train with a budget{', by the optimum' + of if of else ''}"),
             element("p", convention(laws[0].found.runs, about)),
             _optima(laws, about),
         ]

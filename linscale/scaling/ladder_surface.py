@@ -4,6 +4,7 @@ import dataclasses
 from pathlib import Path
 
 from linscale.scaling import fit_page, optimum, parametric, printing, runs, tables
+from linscale.scaling.appearance import LABELS
 from linscale.scaling.group import Group
 from linscale.scaling.minimise import HUBER
 from linscale.scaling.page import Markup, element
@@ -14,7 +15,7 @@ FORM = "chinchilla"
 def sections(ladder: runs.Ladder, about, budgets: tuple[float, ...], folder: Path) -> tuple[list[Markup], list[dict]]:
     """The parts of the page and what JSON says of them. about: envelope_page.About; budgets in FLOPs."""
     found, notes = tables.from_ladder(ladder, "nonembedding")
-    enough = {name: table for name, table in found.items() if len(table) > 5}
+    enough = {name: found[name] for name in LABELS if len(found.get(name, ())) > 5}
     notes += [
         f"{name} has {len(table)} finished runs; L(N, D) has 5 coefficients and needs more runs."
         for name, table in found.items()
@@ -42,7 +43,7 @@ def sections(ladder: runs.Ladder, about, budgets: tuple[float, ...], folder: Pat
         f"95 % intervals of {about.options.resamples:,} draws of the runs with replacement. {fit_page.convention(groups[0].found.runs, shown)}"
     )
     parts = [element("h2", "The law of size and tokens"), element("p", text), warnings]
-    parts += fit_page.sections(groups, shown, folder, heading="Coefficients of L(N, D)")
+    parts += fit_page.sections(groups, shown, folder, of=" of L(N, D)")
     return parts, [_plain(group) for group in groups]
 
 

@@ -96,7 +96,7 @@ def amount(value: float, digits: int = 2) -> Number:
 
 def minus(value, digits: int | None = None) -> str:
     """A number with a real minus sign."""
-    text = str(value) if digits is None else f"{value:.{digits}f}"
+    text = str(value) if digits is None else f"{value:z.{digits}f}"  # z: no minus before zero
     return text.replace("-", "\N{MINUS SIGN}")
 
 

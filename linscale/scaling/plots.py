@@ -22,7 +22,7 @@ def lines(group: list[Run], options: laws.Options) -> list[laws.Line]:
 
 @styled
 def against_parameters(runs: list[Run]) -> Figure:
-    """Loss at the end of every finished run against its size."""
+    """Loss at the end of every finished run against its size; a line through the least of each size."""
     figure = Figure(figsize=(9.2, 4.4), layout="constrained")
     axes = figure.subplots()
     for arch in LABELS:
@@ -36,9 +36,10 @@ def against_parameters(runs: list[Run]) -> Figure:
                 for run, n, loss in zip(group, x, y)
             ]
             hover(axes, x, y, texts, arch)
-            axes.plot(
-                x, y, MARKERS[arch] + "-", color=COLOURS[arch][0], markersize=6, linewidth=1.4, label=LABELS[arch]
-            )
+            style = dict(color=COLOURS[arch][0], linewidth=1.4, markersize=6, label=LABELS[arch])
+            least = [min(y[x == size]) for size in np.unique(x)]
+            axes.plot(np.unique(x), least, MARKERS[arch] + "-", **style)
+            axes.plot(x, y, MARKERS[arch], color=COLOURS[arch][0], markersize=4.5, markeredgewidth=0, alpha=0.6)
     loss_axis(axes, "final held-out loss (nats per token)")
     decades(axes, "parameters without embedding", between=2.5)
     axes.legend(loc="upper right")
