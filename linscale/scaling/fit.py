@@ -57,7 +57,8 @@ def as_json(ladder: runs.Ladder, fits: dict[str, laws.Fit], notes: list[str], op
         "smoothing_decades": options.window,
         "skipped_share": options.skip,
         "compute": {"accounting": options.compute, "unit": "PFLOP/s-days"},
-        "parameters": "non-embedding, exact",
+        "parameters": f"{runs.SIZES[options.n]}, exact",
+        "n": options.n,
         "seed": options.seed,
         "fits": results,
         "warnings": notes,
@@ -77,7 +78,7 @@ def as_text(ladder: runs.Ladder, fits: dict[str, laws.Fit], notes: list[str], op
     by_name = {run.name: run for run in ladder.runs}
     lines = [
         f"L(C) = a C^b on the lower envelope of the {LOSS_NAMES[options.loss]}, nats per token.",
-        f"C in PFLOP/s-days, {COMPUTE_NAMES[options.compute]}. N is non-embedding parameters.",
+        f"C in PFLOP/s-days, {COMPUTE_NAMES[options.compute]}. N is {runs.SIZES[options.n]}.",
         f"Intervals: 95 %, {options.resamples} draws of the runs with replacement, seed {options.seed}.",
         "",
         f"{'arch':<10}  {'runs':>4}  {'N':>13}  {'C':>17}  {'a':>8}  {'95 %':>18}  {'b':>8}  {'95 %':>18}"
@@ -85,7 +86,7 @@ def as_text(ladder: runs.Ladder, fits: dict[str, laws.Fit], notes: list[str], op
     ]
     lines.append("-" * len(lines[-1]))
     for arch, fit in fits.items():
-        sizes = [by_name[name].parameters.nonembedding for name in fit.runs]
+        sizes = [getattr(by_name[name].parameters, options.n) for name in fit.runs]
         published = paper.laws(arch)
         theirs = (f"{published.loss.coefficient:.4f}", f"{published.loss.exponent:.4f}") if published else ("", "")
         lines.append(
@@ -135,6 +136,7 @@ KINDS = ("huber", "lsq", "lsq-unlogged", "huber-scale")
 def add_options(parser: argparse.ArgumentParser) -> None:
     """The choices that change an envelope fit; the report has the same."""
     parser.add_argument("--loss", choices=laws.LOSSES, default="heldout", help="which loss to fit (heldout)")
+    parser.add_argument("--n", choices=runs.SIZES, default="nonembedding", help="which parameters N is (nonembedding)")
     add_shared_options(parser)
 
 
@@ -157,7 +159,8 @@ def chosen(options: argparse.Namespace) -> laws.Options:
     skip = getattr(options, "skip", laws.SKIP_SHARE)
     if not 0 <= skip < 1:
         raise ConfigError(f"--skip is {skip}; it must be at least 0 and below 1, the share of each run left out.")
-    return laws.Options(options.loss, options.compute, options.resamples, options.seed, smoothing, bins, skip)
+    n = options.n if options.n in runs.SIZES else "nonembedding"  # of a file: a column
+    return laws.Options(options.loss, options.compute, options.resamples, options.seed, smoothing, bins, skip, n)
 
 
 def add_form_options(parser: argparse.ArgumentParser) -> None:
@@ -223,6 +226,8 @@ def main(argv: list[str]) -> int:
     arguments.loss = arguments.loss or "heldout"
     if arguments.loss not in laws.LOSSES:
         raise ConfigError(f"--loss is {arguments.loss!r}; for the envelope it must be {' or '.join(laws.LOSSES)}.")
+    if arguments.n is not None and arguments.n not in runs.SIZES:
+        raise ConfigError(f"--n is {arguments.n!r}; for a ladder it must be one of {', '.join(runs.SIZES)}.")
     return envelope(arguments)
 
 

@@ -174,7 +174,18 @@ def _one(name: str, runs: parametric.Runs, loss: Loss, arguments, notes: list[st
             [(b.flops, b.n, *b.n_interval, b.d, *b.d_interval, b.loss, *b.loss_interval) for b in best],
         )
         notes += [f"At {b.flops:.3g} FLOPs the law has no optimum within the searched sizes." for b in best if b.edge]
-        out["optimal"] = [printing.plain(dataclasses.asdict(b)) | {"compute": arguments.compute_model} for b in best]
+        hardware = hardware_days.chosen(arguments)
+        lines += ["", f"Time at {arguments.mfu:.0%} of the bfloat16 peak (MFU):"]
+        lines += printing.table(
+            ("C, FLOPs", *(h.name for h in hardware)),
+            [(f"{b.flops:.5g}", *(hardware_days.time(h.days(b.flops)) for h in hardware)) for b in best],
+        )
+        out["mfu"] = arguments.mfu
+        out["optimal"] = [
+            printing.plain(dataclasses.asdict(b))
+            | {"compute": arguments.compute_model, "days": {h.name: h.days(b.flops) for h in hardware}}
+            for b in best
+        ]
     if arguments.backtest:
         test = optimum.backtest(arguments.form, runs, arguments.backtest, loss, arguments.resamples, arguments.seed)
         lines += ["", *_backtest(test, out)]

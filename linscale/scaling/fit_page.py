@@ -140,9 +140,29 @@ def _of_group(i: int, group: Group, line: list, about: About, folder: Path, seve
         values = ", ".join(f"{key} {value:.4g}" for key, value in law.coefficients.items())
         caption = f"{tasks.FORMULAS[law.form]}: {values}. Scatter {law.rms:.4f}; from N and D by both steps {law.rms_both:.4f}."
         drawings.append(figure(drawn(f"task-{number + 1}", sheet), caption))
+    predictions = _tasks(group)
     if drawings:
-        body += [element("h2" if not several else "h3", "From loss to tasks"), element("div", *drawings, class_="pair")]
+        body += [
+            element("h2" if not several else "h3", "From loss to tasks"),
+            element("div", *drawings, class_="pair"),
+            predictions,
+        ]
     return body
+
+
+def _tasks(group: Group) -> Markup | str:
+    """The tasks at the best N and D of every budget."""
+    rows = []
+    for law in group.tasks:
+        for best in group.optima if group.found.identified else ():
+            y, low, high = (float(v) for v in tasks.predict(law, group.found, np.float64(best.n), np.float64(best.d)))
+            rows.append([law.name, power(best.flops, 1), Number(short(best.n), best.n), _value(y, low, high)])
+    if not rows:
+        return ""
+    return Markup(
+        element("p", "At the N and D that are best for the loss; intervals of both laws, without the scatter of a run:")
+        + table(["task", "budget, FLOPs", "N", "predicted"], rows)
+    )
 
 
 def _chip(group: Group, i: int) -> Markup:

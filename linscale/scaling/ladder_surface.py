@@ -14,7 +14,7 @@ FORM = "chinchilla"
 
 def sections(ladder: runs.Ladder, about, budgets: tuple[float, ...], folder: Path) -> tuple[list[Markup], list[dict]]:
     """The parts of the page and what JSON says of them. about: envelope_page.About; budgets in FLOPs."""
-    found, notes = tables.from_ladder(ladder, "nonembedding")
+    found, notes = tables.from_ladder(ladder, about.options.n)
     enough = {name: found[name] for name in LABELS if len(found.get(name, ())) > 5}
     notes += [
         f"{name} has {len(table)} finished runs; L(N, D) has 5 coefficients and needs more runs."

@@ -56,6 +56,7 @@ class Options:
     smoothing: float | None = None  # decades of compute; None: none for held-out loss, SMOOTHING for training loss
     bins: int = BINS_PER_DECADE
     skip: float = SKIP_SHARE
+    n: str = "nonembedding"  # of runs.SIZES
 
     @property
     def window(self) -> float:
@@ -293,7 +294,7 @@ def _curve(run: runs_.Run, options: Options) -> Curve:
     curve = run.heldout if options.loss == "heldout" else run.train
     compute = runs_.compute(run, curve, options.compute)
     after = curve.tokens > 2 * run.config.optimizer.warmup_tokens
-    return Curve(run.name, run.parameters.nonembedding, compute[after], curve.tokens[after], curve.loss[after])
+    return Curve(run.name, getattr(run.parameters, options.n), compute[after], curve.tokens[after], curve.loss[after])
 
 
 def usable_curve(run: runs_.Run, options: Options) -> tuple[np.ndarray, np.ndarray, float]:

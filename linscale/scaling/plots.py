@@ -14,7 +14,9 @@ def lines(group: list[Run], options: laws.Options) -> list[laws.Line]:
     """The curves of runs, thinned, as they go into a figure; empty ones left out."""
     curves = [(run, _curve(run, options)) for run in group]
     return [
-        laws.Line(run.name, run.parameters.nonembedding, compute(run, curve, options.compute), curve.loss, run.finished)
+        laws.Line(
+            run.name, getattr(run.parameters, options.n), compute(run, curve, options.compute), curve.loss, run.finished
+        )
         for run, curve in curves
         if len(curve)
     ]

@@ -62,7 +62,7 @@ def write_to(target: Path, ladder: runs.Ladder, source: str, options, say, hardw
     about = envelope_page.About(
         loss=LOSS_NAMES[options.loss],
         compute=COMPUTE_NAMES[options.compute],
-        n="parameters without embedding",
+        n=runs.SIZES[options.n],
         options=options,
         hardware=hardware,
         budgets=tuple(budget / PF_DAY for budget in budgets),

@@ -17,6 +17,11 @@ from linscale.config import Config, ConfigError, resolve
 from linscale.scaling.flops import PF_DAY, Parameters, count_parameters, paper_flops_per_token
 
 ACCOUNTINGS = ("exact", "paper")
+SIZES = {  # fields of flops.Parameters that a fit may call N
+    "total": "all parameters",
+    "nonembedding": "parameters without embedding",
+    "nonembedding_with_head": "parameters without embedding, with the output head",
+}
 
 
 @dataclasses.dataclass(frozen=True)

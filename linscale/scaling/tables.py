@@ -16,7 +16,7 @@ from linscale.config import ConfigError
 from linscale.scaling import runs as runs_
 from linscale.scaling.parametric import Runs
 
-SIZES = ("total", "nonembedding", "nonembedding_with_head")
+SIZES = tuple(runs_.SIZES)
 NAMES = ("name", "run", "run_name", "model")
 TOKENIZERS = ("tokenizer", "vocab_size")
 SCHEDULES = ("schedule", "lr_schedule")
@@ -139,7 +139,7 @@ def from_ladder(ladder: runs_.Ladder, size: str) -> tuple[dict[str, Runs], list[
             loss=np.array([run.last.loss[0] for run in members], np.float64),
             flops=np.array([run.last.flops[0] for run in members], np.float64),
             names=tuple(run.name for run in members),
-            n_name=f"parameters, {size.replace('_', ' ')}",
+            n_name=runs_.SIZES[size],
         )
     return tables, notes
 

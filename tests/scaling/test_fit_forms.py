@@ -106,8 +106,8 @@ def test_ladder_by_architecture(ladder_folder, tmp_path, capsys):
     assert fit.main([str(ladder_folder), *options]) == 0
     found = json.loads(out.read_text())["fits"]
     assert [one["arch"] for one in found] == ["llama", "tnl", "hgrn2", "cosformer2"]
-    assert all(one["n"] == "parameters, total" and one["n_runs"] == 5 for one in found)
-    assert "N is parameters, total; C as counted" in capsys.readouterr().out
+    assert all(one["n"] == "all parameters" and one["n_runs"] == 5 for one in found)
+    assert "N is all parameters; C as counted" in capsys.readouterr().out
     with pytest.raises(ConfigError, match="for a ladder it must be one of total, nonembedding"):
         fit.main([str(ladder_folder), "--form", "chinchilla", "--n", "active"])
 

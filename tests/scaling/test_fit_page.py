@@ -81,6 +81,10 @@ def test_numbers_are_those_of_the_fit(folder, html):
         assert published in text, "the paper's exponents of N_opt and D_opt"
     assert f"Least AICc: {content['joint']['verdict']}" in text
     assert "the column 'params'" in text and "C is 6 N D" in text and "C = 6 N D" in text
+    for one in content["fits"]:
+        for best in one["tasks"][0]["optimal"]:
+            assert f"{best['y']:.4g}" in text
+        assert one["optimal"][0]["days"]["v5p:4x4x4"] == pytest.approx(1e21 / (64 * 459e12 * 0.4) / 86_400)
     # 1e21 FLOPs on 64 chips of 459 TFLOP/s at 40 %
     assert f"{1e21 / (64 * 459e12 * 0.4) / 3600:.3g} hours" in text and f"{1e21 / PF_DAY:.3g}" in text
 

@@ -176,7 +176,7 @@ def test_notes_on_what_is_not_comparable(tmp_path):
 def test_fit_command(ladder_folder, tmp_path, capsys):
     assert fit.main([str(ladder_folder), "--json", str(tmp_path / "out.json"), "--compute", "paper"]) == 0
     out = capsys.readouterr().out
-    assert "the paper's accounting" in out and "non-embedding" in out and "PFLOP/s-days" in out
+    assert "the paper's accounting" in out and "parameters without embedding" in out and "PFLOP/s-days" in out
     assert "-0.0768" in out, "the paper's exponent of TNL"
     content = json.loads((tmp_path / "out.json").read_text())
     assert content["compute"] == {"accounting": "paper", "unit": "PFLOP/s-days"}

@@ -270,3 +270,22 @@ def test_curves_of_a_file_get_a_page(tmp_path, capsys):
     for one in content["fits"]:
         assert f"{one['coefficients']['L_exponent']:.4f}".replace("-", "\N{MINUS SIGN}") in text
     assert {"comparison.png", "n-opt.svg", "d-opt.svg"} <= {path.name for path in (tmp_path / "page").iterdir()}
+
+
+def test_n_is_the_chosen_one_everywhere(folder, tmp_path, capsys):
+    ladder, total = runs.read([folder]), tmp_path / "total"
+    assert fit.main([str(folder), "--n", "total", "--resamples", "20", "--report", str(total)]) == 0
+    assert "N is all parameters" in capsys.readouterr().out
+    text = " ".join("".join(Balanced((total / "index.html").read_text(encoding="utf-8")).text).split())
+    assert "N is all parameters" in text and "N is parameters without embedding" not in text
+    found, _ = laws.fit_ladder(ladder, laws.Options(n="total", resamples=20))
+    usual, _ = laws.fit_ladder(ladder, laws.Options(resamples=20))
+    sizes = {run.name: run.parameters.total for run in ladder.runs}
+    for arch, law in found.items():
+        points = law.n_opt.points[np.isfinite(law.n_opt.points)]
+        assert {round(n) for n in points} <= set(sizes.values())
+        assert law.b == usual[arch].b, "the loss does not depend on what N is"
+    content = json.loads((total / "fit.json").read_text())
+    assert content["n"] == "total"
+    with pytest.raises(ConfigError, match="--n is 'params'"):
+        fit.main([str(folder), "--n", "params"])
