@@ -112,7 +112,7 @@ def _of_group(i: int, group: Group, line: list, about: About, folder: Path, seve
             drawn("contours", fit_plots.contours(group.name, i, group.found, line, about.compute)),
             "Lines of equal loss. "
             + (
-                "Black: the best N and D of every budget, and its 95 % interval."
+                "Bold: the best N and D of every budget; dashed beside it: its 95 % interval."
                 if line
                 else "No best N and D: see above."
             ),

@@ -30,12 +30,12 @@ for (const figure of document.querySelectorAll("figure")) {
     ring.classList.add("on");
     tip.classList.add("on");
     const at = new DOMPoint(x, y).matrixTransform(svg.getScreenCTM());
-    const frame = figure.getBoundingClientRect();
-    const left = Math.min(Math.max(at.x - frame.left + 14, 0), frame.width - tip.offsetWidth);
-    const below = at.y - frame.top + 14;
-    const covers = left < at.x - frame.left + 8;  // pushed back over the point: go above it
+    tip.style.left = tip.style.top = "0";  // measured where nothing squeezes it
+    const width = document.documentElement.clientWidth, height = document.documentElement.clientHeight;
+    const left = Math.max(Math.min(at.x + 14, width - tip.offsetWidth - 4), 4);
+    const above = left < at.x + 8 || at.y + 14 + tip.offsetHeight > height;  // else it would cover the point
     tip.style.left = `${left}px`;
-    tip.style.top = `${covers ? at.y - frame.top - tip.offsetHeight - 14 : below}px`;
+    tip.style.top = `${above ? Math.max(at.y - tip.offsetHeight - 14, 4) : at.y + 14}px`;
   };
   svg.addEventListener("pointermove", (event) => {
     const at = new DOMPoint(event.clientX, event.clientY).matrixTransform(svg.getScreenCTM().inverse());
@@ -47,6 +47,7 @@ for (const figure of document.querySelectorAll("figure")) {
     if (best < 0) hide(); else if (best !== current) show(best);
   });
   svg.addEventListener("pointerleave", hide);
+  addEventListener("scroll", hide, { capture: true, passive: true });
   svg.setAttribute("tabindex", "0");
   svg.addEventListener("keydown", (event) => {
     const step = { ArrowRight: 1, ArrowLeft: -1 }[event.key];

@@ -94,6 +94,10 @@ class Page:
         self.send("Page.navigate", url=file.resolve().as_uri())
         while "Page.loadEventFired" not in self._events:
             self._event(json.loads(self._socket.recv()))
+        self.settle()
+
+    def settle(self) -> None:
+        """Waits until what was changed is shown and its events have been handled."""
         self.evaluate("new Promise(done => requestAnimationFrame(() => requestAnimationFrame(done)))")
 
     def evaluate(self, expression: str):

@@ -137,12 +137,14 @@ def test_values_show_under_the_pointer_and_by_keys(page, files, kind):
             const at = new DOMPoint(q[0], q[1]).matrixTransform(s.getScreenCTM());
             return [at.x, at.y, p.map(r => r[2])]; }})()"""
         )
+        page.settle()  # scrolling hides values
         page.move(place[0] + 1, place[1] - 1)
         tip = f"document.querySelectorAll('figure')[{number}].querySelector('.tip')"
         assert page.evaluate(f"{tip}.innerText") in place[2]
         box = page.evaluate(f"(() => {{ const r = {tip}.getBoundingClientRect(); return [r.left, r.right]; }})()")
         assert box[0] >= 0 and box[1] <= 1280 and box[1] - box[0] > 30
         page.evaluate(f"document.querySelectorAll('figure')[{number}].querySelector('svg').focus()")
+        page.settle()
         page.send("Input.dispatchKeyEvent", type="keyDown", key="Escape")
         assert page.evaluate(f"getComputedStyle({tip}).display") == "none"
         page.send("Input.dispatchKeyEvent", type="keyDown", key="ArrowRight")
