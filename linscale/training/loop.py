@@ -85,7 +85,7 @@ def _train(config: Config, corpus, run: dict, label: str, note, sigterm, tick) -
             in_flight = None  # (step, its metrics on the device, its batch on the host)
             for n in range(first + 1, config.steps + 1):
                 tick(f"step {n}")
-                batch = next(batches)
+                batch = draw(batches, config)
                 on_device = jax.device_put(batch, sharding)
                 with jax.transfer_guard("disallow"):  # a hidden transfer would wait for the device
                     state, measured = train_step(state, on_device)
@@ -181,6 +181,19 @@ def eval_steps(steps: int, count: int) -> set[int]:
     if count == 1:
         return {steps}
     return {max(1, round(n)) for n in np.geomspace(max(1.0, steps / 100), steps, count)}
+
+
+def draw(batches, config: Config) -> dict:
+    """The next batch. Restart where a data worker has died, as when the system is out of memory."""
+    try:
+        return next(batches)
+    except RuntimeError as error:
+        if config.data.workers and "terminated unexpectedly" in str(error):
+            reason = str(error).split(".")[0]
+            raise Restart(
+                f"A data worker died ({reason}); the same command continues from the last checkpoint."
+            ) from error
+        raise
 
 
 def seek(batches, position: dict, drawn: int, config: Config) -> None:

@@ -70,11 +70,14 @@ def test_a_process_that_hangs_ends_in_time_with_the_restartable_code(tmp_path, h
     process = subprocess.Popen(
         [sys.executable, "-c", code, str(tmp_path)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     )
-    assert process.stdout.readline() == "ready\n"
-    began = time.monotonic()
-    if term:
-        process.terminate()
-    _, err = process.communicate(timeout=30)
+    try:
+        assert process.stdout.readline() == "ready\n"
+        began = time.monotonic()
+        if term:
+            process.terminate()
+        _, err = process.communicate(timeout=30)
+    finally:
+        process.kill()
     assert said in err and (process.returncode == Restart.code) == saves, err  # the exception is for the command line
     assert time.monotonic() - began < 8
     if hang:
