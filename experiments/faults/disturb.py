@@ -2,7 +2,7 @@
 
 They note in case.told: phase (where the fault fell, by what it left behind, not by what was aimed at), code (exit code
 at the fault), seconds (from the fault to the exit), and "continues after": the steps one of which the next process must
-name as the one it goes on from.
+name as the one it goes on from; -1: it says that the run is finished.
 """
 
 import contextlib
@@ -45,7 +45,7 @@ def whole_steps(run: Path) -> list[int]:
 
 
 def continued_after(said: str) -> int | None:
-    """The step that a process says it goes on from; 0: it began at the beginning; None: it did not come so far."""
+    """The step that a process says it goes on from; 0: the beginning; -1: the run was finished; None: it did not come so far."""
     if found := re.search(r"continues after step (\d+)", said):
         return int(found[1])
     if "finished before" in said:
@@ -78,6 +78,8 @@ def _lines(run: Path) -> int:
 def phase(case, attempt: int, evaluations: set[int]) -> str:
     """Where the process of this attempt was when it ended, from what it left behind."""
     run, said, last = case.run, case.said(attempt), last_line(case.run)
+    if (run / "DONE.json").exists():
+        return "after the last step"
     if any(run.glob("checkpoints/*.orbax-checkpoint-tmp*")) or _unfinished(run):
         return "a save"
     corpora = list(Path(case.cache).glob("*/manifest.json"))
@@ -113,7 +115,7 @@ def _note(case, attempt: int, code: int, began: float) -> None:
         "phase": phase(case, attempt, _evaluations()),
         "code": code,
         "seconds": round(time.monotonic() - began, 2),
-        "continues after": [steps[-1] if steps else 0],
+        "continues after": [-1 if (case.run / "DONE.json").exists() else steps[-1] if steps else 0],
         "lines": _lines(case.run),
     }
 

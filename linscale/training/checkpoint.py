@@ -11,10 +11,16 @@ A checkpoint that fails is named and passed over for the one before it, and move
 has been read whole.
 """
 
+import contextlib
+import errno
 import functools
 import json
+import logging
+import os
 import shutil
+import sys
 import zlib
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -30,10 +36,12 @@ from linscale.training.step import TrainState
 
 Checkpointer = ocp.training.Checkpointer
 _UNFINISHED = "*.orbax-checkpoint-tmp*"
+_FULL = os.strerror(errno.ENOSPC)
 
 
-def open_folder(folder: Path, config: Config) -> Checkpointer:
-    """A context manager; leaving it waits for the save in progress. Names and removes what was half-written."""
+@contextlib.contextmanager
+def open_folder(folder: Path, config: Config) -> Iterator[Checkpointer]:
+    """Leaving it waits for the save in progress. Names and removes what was half-written. OSError: it cannot be written."""
     for path in sorted(folder.glob(_UNFINISHED)):
         say(f"{folder}: checkpoint {path.name.split('.')[0]} was not finished when its process ended; removed")
     policies = ocp.training.preservation_policies
@@ -47,28 +55,87 @@ def open_folder(folder: Path, config: Config) -> Checkpointer:
     # Both cost a third of a small save and are replaced by the sums of this file.
     context.array.saving.enable_post_merge_validation = False
     context.array.saving.enable_write_sharding_file = False
-    return Checkpointer(
-        folder.absolute(),
-        context=context,
-        save_decision_policy=ocp.training.save_decision_policies.FixedIntervalPolicy(1),  # the loop decides when
-        preservation_policy=policies.AnyPreservationPolicy(keep),
-        cleanup_tmp_directories=True,
-    )
+    with _raised_and_not_printed():
+        with _writing(folder):
+            checkpointer = Checkpointer(
+                folder.absolute(),
+                context=context,
+                save_decision_policy=ocp.training.save_decision_policies.FixedIntervalPolicy(
+                    1
+                ),  # the loop decides when
+                preservation_policy=policies.AnyPreservationPolicy(keep),
+                cleanup_tmp_directories=True,
+            )
+        try:
+            yield checkpointer
+        except BaseException:
+            with contextlib.suppress(Exception):  # a save that fails beside is not what ends the run
+                checkpointer.close()
+            raise
+        with _writing(folder):
+            checkpointer.close()
+
+
+@contextlib.contextmanager
+def _writing(folder: Path) -> Iterator[None]:
+    """Errors of background writes arrive wrapped, as ValueError or RuntimeError, their number lost; here as OSError."""
+    try:
+        yield
+    except Exception as error:
+        chain = [error]
+        while inner := chain[-1].__cause__ or chain[-1].__context__:
+            chain.append(inner)
+        if any(getattr(one, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or _FULL in str(one) for one in chain):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(folder)) from error
+        if any(isinstance(one, OSError) or "os_error_code" in str(one) for one in chain):
+            raise OSError(f"{folder}: a checkpoint cannot be written: {chain[-1]}") from error
+        raise
+
+
+@contextlib.contextmanager
+def _raised_and_not_printed() -> Iterator[None]:
+    """The storage libraries raise what fails in the background, but before that every one of their threads prints it."""
+
+    def not_of_storage(record: logging.LogRecord) -> bool:
+        return record.levelno < logging.ERROR or f"{os.sep}orbax{os.sep}" not in record.pathname
+
+    def hook(found) -> None:
+        if str(found.exc_value) != "Event loop is closed":  # told by writes that end after the first one has failed
+            before(found)
+
+    logger, before = logging.getLogger("absl"), sys.unraisablehook
+    logger.addFilter(not_of_storage)
+    sys.unraisablehook = hook  # stays: the last of those writes may end with the process
+    try:
+        yield
+    finally:
+        logger.removeFilter(not_of_storage)
 
 
 def save(checkpointer: Checkpointer, step: int, state: TrainState, data: dict) -> None:
-    """Starts saving and returns once the arrays are copied, so that the caller may donate them."""
+    """Starts saving and returns once the arrays are copied, so that the caller may donate them.
+
+    Raises OSError where this save cannot begin, or the one before has failed.
+    """
     content = {"data": data, "sums": sums(state)}
-    checkpointer.save_checkpointables_async(
-        step, {"state": state}, custom_metadata=content | {"crc32": _crc32(content)}
-    )
+    with _writing(Path(checkpointer.directory)):
+        checkpointer.save_checkpointables_async(
+            step, {"state": state}, custom_metadata=content | {"crc32": _crc32(content)}
+        )
+
+
+def wait(checkpointer: Checkpointer) -> None:
+    """Returns when all saves and deletions are done. OSError: one has failed."""
+    with _writing(Path(checkpointer.directory)):
+        checkpointer.wait()
 
 
 def save_alone(path: Path, state: TrainState) -> None:
     """One checkpoint outside any run's series, whole when this returns. `read` reads it."""
     content = {"data": {}, "sums": sums(state)}
     metadata = content | {"crc32": _crc32(content)}
-    ocp.save_checkpointables(path.absolute(), {"state": state}, custom_metadata=metadata)
+    with _writing(path):
+        ocp.save_checkpointables(path.absolute(), {"state": state}, custom_metadata=metadata)
 
 
 def restore(checkpointer: Checkpointer, abstract: TrainState) -> tuple[int, TrainState, dict] | None:

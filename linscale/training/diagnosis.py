@@ -67,7 +67,7 @@ def stop(config: Config, corpus, checkpointer, state: step.TrainState, n: int, m
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
     np.savez(folder / "batch.npz", **batch)
-    checkpointer.wait()
+    checkpoint.wait(checkpointer)
     last = checkpointer.latest
     checkpoint.save_alone(folder / "state", state)
     run_folder.write_json(folder / "report.json", report)

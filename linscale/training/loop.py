@@ -109,15 +109,15 @@ def _train(config: Config, corpus, run: dict, label: str, note, sigterm, tick) -
                         checkpoint.save(checkpointer, n, state, position)
                     log.paused(time.perf_counter() - began)
                 if stops:
-                    checkpointer.wait()
+                    checkpoint.wait(checkpointer)
                     raise Restart(f"SIGTERM ended {label} after step {n}, which is saved; the same command continues.")
-            checkpointer.wait()
+            checkpoint.wait(checkpointer)
             done = log.last_heldout | {"seconds": round(log.seconds, 3)}
             run_folder.write_json(folder / "DONE.json", done)
         finally:
+            batches.close()  # ends data workers
             progress.close()
             log.close()
-            batches.close()  # ends data workers
     return done
 
 

@@ -5,6 +5,7 @@ is begun, and a resumed run cuts what lies after its checkpoint, so that the fil
 of one that was not, except for the timing fields.
 """
 
+import contextlib
 import json
 import math
 import os
@@ -16,6 +17,7 @@ from linscale.config import Config, ConfigError
 
 TIMING = ("tokens_per_s", "mfu", "seconds")  # fields that differ between two runs of one config
 PLAIN_LINE_EVERY = 10.0  # seconds between progress lines where there is no terminal
+TENSORBOARD_EVERY = 30.0  # seconds between flushes of its files
 
 
 def cut(path: Path, step: int) -> list[dict]:
@@ -91,9 +93,10 @@ class Log:
         os.fsync(self._file.fileno())
 
     def close(self) -> None:
-        self._file.close()
         for _, close in self._views:
-            close()
+            with contextlib.suppress(OSError):  # only views, and the disk is full for the record, too
+                close()
+        self._file.close()
 
     def _totals(self, step: int) -> dict:
         tokens = step * self._tokens_per_step
@@ -107,14 +110,30 @@ class Log:
 
 
 def _tensorboard(folder: Path, first: int):
-    from tensorboardX import SummaryWriter  # writes the files without TensorFlow
+    """Event files without TensorFlow, and without tensorboardX's writer thread: once that has died of a full disk, the
+    next lines would wait for it for ever."""
+    from tensorboardX.event_file_writer import EventsWriter
+    from tensorboardX.proto.event_pb2 import Event, SessionLog
+    from tensorboardX.proto.summary_pb2 import Summary
 
-    writer = SummaryWriter(str(folder / "tensorboard"), purge_step=first + 1)
+    folder = folder / "tensorboard"
+    folder.mkdir(exist_ok=True)
+    writer, flushed = EventsWriter(str(folder / "events"), f".{os.getpid()}"), time.monotonic()
+    # Hides what an earlier process wrote of the steps that are done again.
+    writer.write_event(Event(wall_time=time.time(), step=first + 1, session_log=SessionLog(status=SessionLog.START)))
 
     def show(line):
-        for name, value in line.items():
-            if name not in ("step", "tokens", "flops", "seconds") and value is not None:
-                writer.add_scalar(name, value, line["step"])
+        nonlocal flushed
+        shown = {
+            name: value
+            for name, value in line.items()
+            if name not in ("step", "tokens", "flops", "seconds") and value is not None
+        }
+        values = [Summary.Value(tag=name, simple_value=value) for name, value in shown.items()]
+        writer.write_event(Event(wall_time=time.time(), step=line["step"], summary=Summary(value=values)))
+        if time.monotonic() - flushed > TENSORBOARD_EVERY:
+            writer.flush()
+            flushed = time.monotonic()
 
     return show, writer.close
 

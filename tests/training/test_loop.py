@@ -76,7 +76,7 @@ def test_resume_restores_every_bit_of_the_state(make):
         n, state, position = checkpoint.restore(checkpointer, abstract)
         assert n == 10 and int(state.step) == 10 and position["workers"] == 0
         checkpoint.save(checkpointer, 11, state, position)
-        checkpointer.wait()
+        checkpoint.wait(checkpointer)
         _, copy, _ = checkpoint.restore(checkpointer, abstract)
     assert jax.tree.structure(state) == jax.tree.structure(abstract)
     assert all(map(np.array_equal, jax.tree.leaves(state), jax.tree.leaves(copy)))
