@@ -18,6 +18,7 @@ root on Linux. The seed fixes what is done to whom; at which instruction a kill 
 
 import argparse
 import collections
+import contextlib
 import functools
 import json
 import os
@@ -162,6 +163,7 @@ def carry_out(case: Case, undisturbed: dict) -> Case:
         Path(case.folder).mkdir(parents=True)
         with disturb.place(case):
             first = getattr(disturb, case.kind)(case, undisturbed["seconds"])  # the number of the next attempt
+            _unharmed(case, undisturbed)
             _finish(case, first)
             _compare(case, undisturbed)
     except Exception as error:  # a case that cannot be judged is bad, and the others go on
@@ -172,6 +174,19 @@ def carry_out(case: Case, undisturbed: dict) -> Case:
     if not case.bad:
         shutil.rmtree(case.folder)
     return case
+
+
+def _unharmed(case: Case, undisturbed: dict) -> None:
+    """After the fault and before any restart: every line on disk is right, and none is missing up to the checkpoint."""
+    lines = []
+    if (path := case.run / "metrics.jsonl").exists():
+        for text in path.read_text().splitlines():
+            with contextlib.suppress(json.JSONDecodeError):  # the last one may be half-written
+                lines.append(json.loads(text))
+    lines = [{name: value for name, value in line.items() if name not in TIMING} for line in lines]
+    reached = max(case.told["continues after"])
+    if lines != undisturbed["lines"][: len(lines)] or (reached > 0 and (not lines or lines[-1]["step"] < reached)):
+        case.bad.append(f"lines of metrics.jsonl up to step {reached} were harmed")
 
 
 def _finish(case: Case, first: int) -> None:

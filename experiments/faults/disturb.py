@@ -169,7 +169,7 @@ def sigkill_once(case, attempt: int, dice: random.Random, target: str, seconds: 
         time.sleep(dice.uniform(0, 0.01))
     elif target == "data start-up":
         wait(process, lambda: Path(case.cache).exists() and any(Path(case.cache).iterdir()))
-        time.sleep(dice.uniform(0, 0.05))
+        time.sleep(dice.uniform(0, 0.02))
     if process.poll() is not None:
         return False
     began = time.monotonic()
