@@ -45,7 +45,7 @@ from linscale.training.metrics import TIMING  # noqa: E402
 
 ARCHITECTURES = ("llama", "tnl", "hgrn2", "cosformer2")
 STEPS, EVERY = 200, 20
-COUNTS = {"sigkill": 100, "sigterm": 20, "damage": 20, "disk": 10, "worker": 10}
+COUNTS = {"sigkill": 100, "sigterm": 20, "damage": 20, "disk": 10, "worker": 10, "hang": 5}
 ATTEMPTS = 4  # of the same command after the fault
 
 
@@ -82,6 +82,7 @@ class Case:
             "train.log_every": 1,
             "train.checkpoint_every": EVERY,
             "train.checkpoint_keep": 3,
+            "train.hang_seconds": disturb.HANG if self.kind == "hang" else 600,
             "log.tensorboard": str(self.tensorboard).lower(),
         }
         overrides = [f"--config.{name}={value}" for name, value in fields.items()]
@@ -226,7 +227,7 @@ def plan(seed: int, counts: dict[str, int], out: Path, cache: str) -> list[Case]
             case = Case(
                 kind, number, ARCHITECTURES[number % 4], dice.randrange(2**31), str(out / f"{kind}-{number:03}"),
                 target=disturb.TARGETS[number // 4 % len(disturb.TARGETS)] if kind == "sigkill" else "",
-                workers=2 if kind == "worker" else dice.choice((0, 0, 1, 2)), tensorboard=dice.random() < 0.3,
+                workers=2 if kind in ("worker", "hang") else dice.choice((0, 0, 1, 2)), tensorboard=dice.random() < 0.3,
                 cache=cache,
             )  # fmt: skip
             cases.append(case)

@@ -17,6 +17,7 @@ from pathlib import Path
 # A fifth of the kills at any moment, the others where most is at stake.
 TARGETS = ("any moment", "a save", "an evaluation", "data start-up", "a restart")
 RESTART, CANNOT, DISK = 75, 2, 24 * 2**20
+HANG = 20.0  # config.train.hang_seconds of the runs that are made to hang
 PATIENCE = 300.0  # seconds to wait for a phase on a busy machine
 
 
@@ -262,6 +263,20 @@ def disk(case, seconds: float) -> int:
 
 def worker(case, seconds: float) -> int:
     """SIGKILL of one of two data workers, as the system does when memory is short."""
+    return _to_a_worker(case, signal.SIGKILL)
+
+
+def hang(case, seconds: float) -> int:
+    """SIGSTOP of one of two data workers: the run waits for it, as for a dead host, until the watchdog ends it."""
+    attempt = _to_a_worker(case, signal.SIGSTOP)
+    if "Thread" not in case.said(0) or not (case.run / "hang.txt").exists():
+        case.bad.append("no stacks were dumped")
+    if not HANG <= case.told["seconds"] < 2 * HANG:
+        case.bad.append(f"ended after {case.told['seconds']} s, with config.train.hang_seconds {HANG}")
+    return attempt
+
+
+def _to_a_worker(case, sent: signal.Signals) -> int:
     dice = random.Random(case.seed)
     for _ in range(8):
         process, wanted = case.start(0), dice.randrange(1, 150)
@@ -270,16 +285,28 @@ def worker(case, seconds: float) -> int:
         if process.poll() is None and found:
             began = time.monotonic()
             with contextlib.suppress(ProcessLookupError):
-                os.kill(dice.choice(found), signal.SIGKILL)
+                os.kill(dice.choice(found), sent)
             code = process.wait(timeout=PATIENCE)
             if code != 0:  # 0: all batches had been read
                 _note(case, 0, code, began)
                 case.told["phase"] = "training"
                 if code != RESTART:
-                    case.bad.append(f"exit code {code} after a worker's death")
+                    case.bad.append(f"exit code {code} after a worker's {sent.name}")
+                left = [pid for pid in found if Path(f"/proc/{pid}").exists() and _state(pid) != "Z"]
+                time.sleep(1.0 if left else 0)
+                if left := [pid for pid in left if Path(f"/proc/{pid}").exists() and _state(pid) != "Z"]:
+                    case.bad.append(f"{len(left)} workers outlived their run")
+                    for pid in left:
+                        os.kill(pid, signal.SIGKILL)
                 return 1
         _begin_again(case)
-    raise RuntimeError("workers always died too late")
+    raise RuntimeError("the signal always came too late")
+
+
+def _state(pid: int) -> str:
+    with contextlib.suppress(OSError):
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+    return "Z"
 
 
 def _workers(pid: int) -> list[int]:

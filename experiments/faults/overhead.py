@@ -1,6 +1,6 @@
 """What a checkpoint every 30 steps costs, in the demo.
 
-    python experiments/faults/overhead.py [--sizes 14k,28k,57k,155k,450k] [--archs llama,...] [--segments 20] [--out DIR]
+    python experiments/faults/overhead.py [--sizes 14k,28k,57k,155k,450k] [--archs llama,...] [--segments 20] [--batch 8] [--out DIR]
 
 Runs of the demo (configs/demo.py) that save every 60 steps and log every 30: segments of 30 steps with a save at their
 beginning alternate with segments without one, in the same process and minute, so that other load on the machine falls
@@ -31,11 +31,11 @@ from linscale.training import checkpoint, loop, recipes, run_folder  # noqa: E40
 INTERVAL = 30  # steps
 
 
-def measure(arch: str, size: str, segments: int, out: Path) -> dict:
+def measure(arch: str, size: str, segments: int, batch: int, out: Path) -> dict:
     """Seconds of each segment of 30 steps, with and without a save; seconds that each call of save took."""
     fields = {
         "output": out / "runs", "data.cache": out / "corpora", "log.tensorboard": "false", "train.eval_count": 1,
-        "train.log_every": INTERVAL, "train.checkpoint_every": 2 * INTERVAL, "train.steps": INTERVAL * (2 * segments + 2),
+        "train.batch": batch, "train.log_every": INTERVAL, "train.checkpoint_every": 2 * INTERVAL, "train.steps": INTERVAL * (2 * segments + 2),
     }  # fmt: skip
     config = recipes.load_run(f"{ROOT}/configs/demo.py:{arch}-{size}", [(k, str(v)) for k, v in fields.items()])
     corpus = data.prepare(config.data, config.model.vocab_size, log=lambda text: None)
@@ -71,10 +71,11 @@ def main() -> int:
     parser.add_argument("--sizes", default="14k,28k,57k,155k,450k")
     parser.add_argument("--archs", default="llama,tnl,hgrn2,cosformer2")
     parser.add_argument("--segments", type=int, default=20, help="of each kind")
+    parser.add_argument("--batch", type=int, default=8, help="sequences a step; the demo has 8")
     parser.add_argument("--out", type=Path, help="folder; default: a temporary one")
     args = parser.parse_args()
     out = args.out or Path(tempfile.mkdtemp(prefix="overhead-"))
-    rows = [measure(a, s, args.segments, out) for a in args.archs.split(",") for s in args.sizes.split(",")]
+    rows = [measure(a, s, args.segments, args.batch, out) for a in args.archs.split(",") for s in args.sizes.split(",")]
     (out / "overhead.json").write_text(json.dumps(rows))
     sizes = recipes._import(f"{ROOT}/configs/demo.py").SIZES
     print("| architecture | size | a step, ms | save, loop stands still, ms | overhead, % (95 %) | still, % |")

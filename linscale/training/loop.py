@@ -138,12 +138,17 @@ def compile_programs(config: Config, abstract: step.TrainState, sharding):
         jax.jit(eval_step).lower(abstract.params, batch(eval_batch(config))),
         jax.jit(init, out_shardings=sharding).lower(),
     )
-    options = {}
-    if config.train.deterministic and jax.default_backend() == "gpu":
-        # Without autotuning, as two processes may find different algorithms fastest.
-        options = {"xla_gpu_deterministic_ops": True, "xla_gpu_autotune_level": 0}
+    options = compiler_options(config, jax.default_backend())
     with ThreadPoolExecutor() as pool:
         return tuple(pool.map(lambda program: program.compile(compiler_options=options), lowered))
+
+
+def compiler_options(config: Config, backend: str) -> dict:
+    """config.train.deterministic on GPUs: no atomic additions, and no autotuning, as two processes may find different
+    algorithms fastest."""
+    if not config.train.deterministic or backend != "gpu":
+        return {}
+    return {"xla_gpu_deterministic_ops": True, "xla_gpu_autotune_level": 0}
 
 
 def record(log: metrics.Log, progress: metrics.Progress, config: Config, n: int, measured: dict) -> bool:

@@ -10,6 +10,7 @@ it; codes 1 and 2 (diverged, wrong input) would only come again.
 
 import contextlib
 import faulthandler
+import multiprocessing
 import os
 import signal
 import sys
@@ -125,4 +126,7 @@ def watchdog(seconds: float, folder: Path):
 def _end(reason: str) -> None:
     """Ends the process from any thread, without waiting for anything."""
     os.write(2, f"linscale: {reason} The same command continues (exit code {Restart.code}).\n".encode())
+    with contextlib.suppress(Exception):  # data workers that hang themselves cannot see that this process ends
+        for child in multiprocessing.active_children():
+            child.kill()
     os._exit(Restart.code)

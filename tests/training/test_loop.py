@@ -138,3 +138,14 @@ def test_command_line_trains_and_names_the_folder_last(recipe, options, capsys):
 
 def test_timing_fields_are_the_only_ones_that_may_differ():
     assert metrics.TIMING == ("tokens_per_s", "mfu", "seconds")
+
+
+def test_deterministic_options_are_known_to_this_compiler(make):
+    """The names are checked on any backend; what they do, only a GPU shows."""
+    options = loop.compiler_options(make("tnl", **{"train.deterministic": "true"}), "gpu")
+    assert options and not loop.compiler_options(make("tnl"), "gpu")
+    assert not loop.compiler_options(make("tnl", **{"train.deterministic": "true"}), "cpu")
+    lowered = jax.jit(lambda x: x + 1).lower(1.0)
+    assert lowered.compile(compiler_options=options)(1.0) == 2
+    with pytest.raises(Exception, match="xla_gpu_deterministic_opz"):
+        lowered.compile(compiler_options={"xla_gpu_deterministic_opz": True})
