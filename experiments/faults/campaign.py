@@ -196,7 +196,7 @@ def _finish(case: Case, first: int) -> None:
     for attempt in range(first, first + ATTEMPTS):
         codes.append(case.start(attempt).wait(timeout=600))
         if attempt == first and (expected := case.told.get("continues after")) is not None:
-            at = disturb.continued_after(case.said(attempt))
+            at = case.told["went on after"] = disturb.continued_after(case.said(attempt))
             if at not in expected:
                 case.bad.append(f"went on after step {at}, not {expected}")
         if codes[-1] == 0:
