@@ -52,7 +52,7 @@ setup(
             "pytest>=8",
             "pytest-xdist>=3.6",
             "hypothesis>=6.100",
-            "ruff>=0.9",
+            "ruff==0.17.6",  # its rules and layout change between releases
             "tensorboard>=2.17",
             "jsonschema>=4.20",
             "lm-eval>=0.4.13",  # tests/evaluation

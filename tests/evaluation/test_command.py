@@ -7,8 +7,8 @@ import pytest
 
 pytest.importorskip("lm_eval")
 
-from linscale import cli  # noqa: E402
-from linscale.evaluation import results, runs, scoring, table  # noqa: E402
+from linscale import cli
+from linscale.evaluation import results, runs, scoring, table
 
 
 @pytest.fixture
