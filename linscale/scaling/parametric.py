@@ -32,6 +32,7 @@ class Runs:
     flops: np.ndarray | None = None  # counted
     names: tuple[str, ...] = ()
     n_name: str = "N"
+    d_name: str = "D"
     tasks: dict[str, np.ndarray] = dataclasses.field(default_factory=dict)  # accuracy or error, by benchmark
 
     def __len__(self) -> int:
@@ -40,6 +41,10 @@ class Runs:
     @property
     def compute(self) -> np.ndarray:
         return 6 * self.n * self.d if self.flops is None else self.flops
+
+    @property
+    def counted(self) -> str:
+        return "6 N D" if self.flops is None else "as counted"
 
     def take(self, rows) -> "Runs":
         pick = {f: getattr(self, f) for f in ("n", "d", "loss", "unique", "flops")}
