@@ -27,6 +27,8 @@ def main(arguments: argparse.Namespace) -> int:
     loss = Loss(arguments.loss_kind, arguments.delta, arguments.reduction)
     if not (math.isfinite(loss.delta) and loss.delta > 0):
         raise ConfigError(f"--delta is {loss.delta}; it must be a positive number.")
+    if not 1 <= arguments.starts <= 1_000_000:
+        raise ConfigError(f"--starts is {arguments.starts}; it must lie between 1 and 1000000.")
     if arguments.drop_worst < 0:
         raise ConfigError(f"--drop-worst is {arguments.drop_worst}; it must be at least 0.")
     for budget in arguments.budget:
@@ -132,7 +134,8 @@ def _one(name: str, runs: parametric.Runs, loss: Loss, arguments, notes: list[st
     else:
         if arguments.backtest:  # before the fit, which takes longer
             optimum.check_backtest(runs, arguments.backtest)
-        found = parametric.fit(arguments.form, runs, loss, arguments.resamples, arguments.seed)
+        grid = math.ceil(math.sqrt(arguments.starts))
+        found = parametric.fit(arguments.form, runs, loss, arguments.resamples, arguments.seed, grid=grid)
         formula, method = found.form.formula, KIND_NAMES[loss.kind].format(**dataclasses.asdict(loss))
     notes += found.warnings
     lines = [

@@ -162,6 +162,7 @@ def test_options_that_make_no_sense(tmp_path, rows, ladder_folder):
     path = write(tmp_path / "runs.csv", rows)
     for option, message in (
         (("--delta", "0"), "--delta is 0.0"),
+        (("--starts", "0"), "--starts is 0"),
         (("--drop-worst", "40"), "there are only 40 runs"),
         (("--backtest", "40"), "must lie between 1 and 39"),
         (("--budget", "-1"), "positive number of FLOPs"),
