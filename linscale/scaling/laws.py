@@ -21,16 +21,18 @@ Approach 1 of Hoffmann et al. (arXiv 2203.15556), as in the paper; what the pape
    been better, which makes N_opt too flat (measured: 0.456 where 0.5 was planted). If fewer than MIN_BINS bins are
    left, all are taken and Fit.ends_taken says so. With few sizes N_opt is a staircase and says little.
 5. **Intervals.** The runs of the architecture are drawn again with replacement, and 3 and 4 repeated. A draw whose
-   envelope has fewer than MIN_BINS bins cannot be fitted; it is counted as failed and left out. Percentiles 2.5 and
-   97.5 of the others. With n runs there are few different draws, so that the intervals of few runs are rather too
-   narrow (of 5 runs whose losses scatter by 1 % about a planted law, they held the true b in 94 of 100 ladders, of 12
-   runs in 89). The envelope of fewer runs is never lower, so that bands lie more above the law than below it. The
-   intervals say nothing of another seed, another corpus, or another form of the law.
+   envelope has fewer than MIN_BINS bins cannot be fitted; it is counted as failed and left out. Of the others the
+   percentiles at +-1.96 sqrt(n / (n - 2)) standard deviations of a normal, as n runs scatter too little by the two
+   coefficients. Coverage: experiments/scaling/recovery.py. The envelope of fewer runs is never lower, so that bands
+   lie more above the law than below it. The intervals say nothing of another seed, another corpus, or another form of
+   the law, nor of rule 1 (Fit.late): where runs begin to speak near their best tokens and go on far beyond, noise picks
+   runs that are trained too long, and N_opt is too low.
 
 Curve i of R runs, bin g of G, draw s of S.
 """
 
 import dataclasses
+import math
 
 import numpy as np
 
@@ -98,6 +100,7 @@ class Power:
     points: np.ndarray  # [G]
     band: np.ndarray  # [2, G] 95 % of the law
     draws: np.ndarray  # [S, 2] coefficient and exponent of the draws that could be fitted
+    percentiles: tuple[float, float]  # of the draws, for 95 %
 
     def __call__(self, compute):
         return self.coefficient * compute**self.exponent
@@ -106,7 +109,7 @@ class Power:
         """95 % of the law at any compute; NaN without draws."""
         if not len(self.draws):
             return np.nan, np.nan
-        low, high = np.percentile(self.draws[:, 0] * compute ** self.draws[:, 1], [2.5, 97.5])
+        low, high = np.percentile(self.draws[:, 0] * compute ** self.draws[:, 1], self.percentiles)
         return float(low), float(high)
 
 
@@ -133,8 +136,16 @@ class Fit:
     ends_taken: bool  # N_opt and D_opt rest on the smallest and largest size, too
     late: bool  # most runs come onto the envelope in the first bin in which they speak
 
+    @property
+    def coefficients(self) -> dict[str, tuple[float, tuple[float, float]]]:
+        out = {"L_coefficient": (self.a, self.a_interval), "L_exponent": (self.b, self.b_interval)}
+        for letter, power in (("N", self.n_opt), ("D", self.d_opt)):
+            out[f"{letter}_coefficient"] = power.coefficient, power.coefficient_interval
+            out[f"{letter}_exponent"] = power.exponent, power.exponent_interval
+        return out
+
     def __call__(self, compute):
-        return self.a * compute**self.b
+        return self.law(compute)
 
 
 def fit_ladder(ladder: runs_.Ladder, options: Options = Options()) -> tuple[dict[str, Fit], list[str]]:
@@ -197,7 +208,10 @@ def fit_curves(arch: str, group: list[Curve], options: Options = Options()) -> F
         inside_SG = np.isfinite(envelope_SG)
     gap_SG = np.where(inside_SG, 0.0, np.inf)
     tokens_SG = tokens_RG[best_SG, np.arange(len(grid_G))]
-    law, n_opt, d_opt = (_power(grid_G, y_SG) for y_SG in (envelope_SG, log_n_R[best_SG] + gap_SG, tokens_SG + gap_SG))
+    ends = _percentiles(len(group))
+    law, n_opt, d_opt = (
+        _power(grid_G, y_SG, ends) for y_SG in (envelope_SG, log_n_R[best_SG] + gap_SG, tokens_SG + gap_SG)
+    )
     slope_S = least_squares(grid_G, envelope_SG[1:])[1]
     return Fit(
         arch=arch,
@@ -244,7 +258,14 @@ def _best(loss_RG: np.ndarray, chosen_SR: np.ndarray) -> np.ndarray:
     return best_SG
 
 
-def _power(grid_G: np.ndarray, y_SG: np.ndarray) -> Power:
+def _percentiles(runs: int) -> tuple[float, float]:
+    """Those of 95 %, further out by the two degrees of freedom of a straight line, see rule 5."""
+    runs = max(3, runs)
+    share = 50 * math.erfc(1.96 * math.sqrt(runs / (runs - 2) / 2))
+    return share, 100 - share
+
+
+def _power(grid_G: np.ndarray, y_SG: np.ndarray, ends: tuple[float, float]) -> Power:
     """Of the first row, with intervals from the others; y and grid in log10, inf where a row has no point."""
     (intercept, *intercept_S), (slope, *slope_S) = least_squares(grid_G, y_SG)
     intercept_S, slope_S = np.array(intercept_S), np.array(slope_S)
@@ -254,7 +275,7 @@ def _power(grid_G: np.ndarray, y_SG: np.ndarray) -> Power:
     def interval(values):
         if not len(values):
             return np.full((2, *values.shape[1:]), np.nan)
-        return np.percentile(values, [2.5, 97.5], axis=0)
+        return np.percentile(values, ends, axis=0)
 
     return Power(
         coefficient=float(10**intercept),
@@ -264,6 +285,7 @@ def _power(grid_G: np.ndarray, y_SG: np.ndarray) -> Power:
         points=np.where(np.isfinite(y_SG[0]), 10 ** np.where(np.isfinite(y_SG[0]), y_SG[0], 0.0), np.nan),
         band=10 ** interval(intercept_S[:, None] + slope_S[:, None] * grid_G),
         draws=np.stack([10**intercept_S, slope_S], 1),
+        percentiles=ends,
     )
 
 
