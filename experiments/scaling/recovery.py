@@ -95,8 +95,8 @@ def of_isoflop(seed: int, options) -> Pairs:
 
 def of_envelope(seed: int, options) -> Pairs:
     curves, truth = simulate_curves(seed)
-    # 3 %: with the default of 10 % the sizes are chosen by where runs begin to speak, and Fit.late says so.
-    settings = laws.Options("train", skip=0.03, resamples=options.resamples, seed=seed, smoothing=laws.SMOOTHING)
+    settings = laws.Options("train", resamples=options.resamples, seed=seed, smoothing=laws.SMOOTHING)
+    settings = laws.settled([curves], settings)  # as `linscale fit FILE --form envelope`
     return truth, {key: ends for key, (_, ends) in laws.fit_curves("", curves, settings).coefficients.items()}
 
 

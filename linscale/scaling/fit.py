@@ -156,7 +156,8 @@ def chosen(options: argparse.Namespace) -> laws.Options:
         raise ConfigError(f"--smoothing is {smoothing}; it must lie between 0 (none) and 1 decade of compute.")
     if not 1 <= bins <= 1000:
         raise ConfigError(f"--bins is {bins}; it must lie between 1 and 1000 bins a decade of compute.")
-    skip = getattr(options, "skip", laws.SKIP_SHARE)
+    skip = getattr(options, "skip", None)
+    skip = laws.SKIP_SHARE if skip is None else skip
     if not 0 <= skip < 1:
         raise ConfigError(f"--skip is {skip}; it must be at least 0 and below 1, the share of each run left out.")
     n = options.n if options.n in runs.SIZES else "nonembedding"  # of a file: a column
@@ -179,7 +180,10 @@ def add_form_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--smoothing", type=float, metavar="DECADES", help="envelope: of C, sd of the window (0.05)")
     parser.add_argument("--bins", type=int, default=laws.BINS_PER_DECADE, help="envelope: bins a decade of C (10)")
     parser.add_argument(
-        "--skip", type=float, default=laws.SKIP_SHARE, help="envelope: share of each run left out (0.1)"
+        "--skip",
+        type=float,
+        metavar="SHARE",
+        help="envelope: of each run left out (0.1; of curves in a file less, if they are best where they begin)",
     )
     parser.add_argument("--joint", action="store_true", help="do the groups share their exponents, or the whole law?")
     parser.add_argument("--profile", action="store_true", help="also intervals by profile likelihood")

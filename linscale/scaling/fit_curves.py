@@ -4,6 +4,7 @@ A row is a point of a curve: the run (--run), its N, the tokens seen or the comp
 """
 
 import argparse
+import dataclasses
 import json
 from pathlib import Path
 
@@ -18,15 +19,18 @@ RUNS = ("run", "run_name", "name", "run_id")
 
 def main(arguments: argparse.Namespace) -> int:
     smoothing = laws.SMOOTHING if arguments.smoothing is None else arguments.smoothing
-    options = laws.Options(
-        "train", "exact", arguments.resamples, arguments.seed, smoothing, arguments.bins, arguments.skip
-    )
+    options = laws.Options("train", "exact", arguments.resamples, arguments.seed, smoothing, arguments.bins)
     columns = tables.Columns(
         *(getattr(arguments, option) for option in ("n", "d", "loss", "flops")), where=tuple(arguments.where)
     )
     results, fits, lines, said = [], {}, {}, []
     counted = "6 N D" if arguments.flops is None else "as counted"
-    for name, (group, notes) in read(arguments.folder[0], columns, arguments.run, arguments.group).items():
+    groups = read(arguments.folder[0], columns, arguments.run, arguments.group)
+    if arguments.skip is None:
+        options = laws.settled([group for group, _ in groups.values()], options)
+    else:
+        options = dataclasses.replace(options, skip=arguments.skip)
+    for name, (group, notes) in groups.items():
         try:
             found = laws.fit_curves(name or "The file", group, options)
         except ConfigError as error:
