@@ -48,22 +48,36 @@ def on_hopper() -> bool:
 
 def pallas_gpu(q, k, v, log_decay, phase, initial_state, segment_ids):
     """Arguments and results as `api.linear_attention`."""
-    if phase is not None:
-        run = lambda q, k, v, state: _any_shape(q, k, v, None, state, segment_ids)  # noqa: E731
-        return pallas_gpu_phase.with_phase(q, k, v, phase, initial_state, segment_ids, run)
-    return _any_shape(q, k, v, log_decay, initial_state, segment_ids)
+    if phase is None:
+        return _any_shape(q, k, v, log_decay, None, initial_state, segment_ids)
+    fixed = jax.lax.stop_gradient(phase)
+    if q.shape[0] * q.shape[2] * 6 >= MULTIPROCESSORS or q.shape[1] < 1024:
+        out, state = _any_shape(q, k, v, None, fixed, initial_state, segment_ids)
+    else:
+        run = lambda q, k, v, state: _any_shape(q, k, v, None, None, state, segment_ids)  # noqa: E731
+        out, state = pallas_gpu_phase.as_two_heads(q, k, v, fixed, initial_state, run)
+    return pallas_gpu_phase.learn(out, state, phase, q, k, v, initial_state, segment_ids)
 
 
-def _any_shape(q, k, v, log_decay, initial_state, segment_ids):
+def _any_shape(q, k, v, log_decay, phase, initial_state, segment_ids):
     """The kernels are written for 128 channels and tokens in eights; the copies cost time, not exactness."""
     tokens, K, V = q.shape[1], q.shape[-1], v.shape[-1]
     widen = lambda x, to: _pad(x, [(0, 0), (0, -tokens % 8), (0, 0), (0, to - x.shape[-1])])  # noqa: E731
     q, v = widen(q, 128), widen(v, 128)
     k = None if k is None else widen(k, 128)
+    parts = 1 if phase is None else 2
     if initial_state is not None:
-        initial_state = _pad(initial_state.astype(jnp.float32), [(0, 0), (0, 0), (0, 128 - K), (0, 128 - V)])
+        state = initial_state.astype(jnp.float32).reshape(*initial_state.shape[:2], parts, K, V)
+        state = _pad(state, [(0, 0), (0, 0), (0, 0), (0, 128 - K), (0, 128 - V)])
+        initial_state = state.reshape(*state.shape[:2], parts * 128, 128)
     if segment_ids is not None:
         segment_ids = _pad(segment_ids, [(0, 0), (0, -tokens % 8)], mode="edge")
+    if phase is not None:
+        phase = _pad(phase, [(0, 0), (0, 128 - K)])
+        docs = _documents(segment_ids, q, 1)
+        out, state = pallas_gpu_phase.on_chip(tokens, q, k, v, phase, initial_state, docs)
+        state = state.reshape(*state.shape[:2], 2, 128, 128)[..., :K, :V]
+        return out[:, :tokens, :, :V], state.reshape(*state.shape[:2], 2 * K, V)
     if log_decay is None:
         log_decay = jnp.zeros(q.shape[2], jnp.float32)
     if log_decay.ndim == 4:
