@@ -16,7 +16,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from linscale.kernels.linear_attention import pallas_gpu_rows as rows
-from linscale.kernels.linear_attention.pallas_gpu_gates import SHARED, SLICE, TILE, index, products, tied_key, tiles
+from linscale.kernels.linear_attention.pallas_gpu_gates import SHARED, SLICE, TILE, products, tied_key, tiles
 from linscale.kernels.linear_attention.pallas_gpu_scalar import (
     BF,
     F32,
@@ -90,14 +90,7 @@ def forward(q, k, v, log_decay, initial, *, spans=1, save=False, stages=2):
                 q_s.at[slot, :, mine][...] = query.astype(BF)
                 keys.at[:, mine][...] = key.astype(BF)
                 rows.put_tile_rows(whole, total_s.at[:, mine])
-            i, j = lax.rem(index((C, TILE), 0), jnp.int32(TILE)), index((C, TILE), 1)
-            tile = jnp.where(i == j, levels[0], 0.0)
-            for level in range(4):
-                size = jnp.int32(1 << level)
-                iq, jq = lax.div(i, size), lax.div(j, size)  # the later half of a pair is odd, the earlier one less
-                crosses = jnp.where(lax.rem(iq, jnp.int32(2)) == 1, iq - 1 - jq, -1)
-                tile = jnp.where(crosses == 0, levels[1 + level], tile)
-            return tile
+            return rows.select_levels(levels)
 
         @pl.when(wg < 2)
         def _compute():
@@ -128,13 +121,9 @@ def forward(q, k, v, log_decay, initial, *, spans=1, save=False, stages=2):
                     plgpu.wgmma(acc16, x16_s, x16_s.transpose((1, 0)))
                     plgpu.wgmma(acc32, x32_s, x32_s.transpose((1, 0)))
                     plgpu.wgmma(oacc, q_s.at[slot], s_s.at[wg])
-                    whole_tile = rows.repeat_columns(load(tile_s.at[0]) + load(tile_s.at[1]))
-                    i, j = (lax.div(index((C, C), d), jnp.int32(TILE)) for d in range(2))
-                    p = jnp.where(i == j, whole_tile, 0.0)
-                    first = jnp.where(lax.rem(i, jnp.int32(2)) == 1, i - 1 - j, -1)
-                    p = jnp.where(first == 0, plgpu.wgmma_accumulator_load(acc16, wait_n=2), p)
-                    second = jnp.where(i >= 2, 1, 0) * jnp.where(j < 2, 1, 0)
-                    p = jnp.where(second == 1, plgpu.wgmma_accumulator_load(acc32, wait_n=1), p)
+                    tile = load(tile_s.at[0]) + load(tile_s.at[1])
+                    near, far = (plgpu.wgmma_accumulator_load(a, wait_n=n) for a, n in ((acc16, 2), (acc32, 1)))
+                    p = rows.assemble_scores(tile, near, far)
                     return p.astype(BF), oacc[...]
 
                 p, o = pl.run_scoped(scores, plgpu.ACC((C, C), F32), plgpu.ACC((C, C), F32), plgpu.ACC((C, half), F32))

@@ -211,13 +211,13 @@ def within(q, k, v, do, log_decay, states, grads):
             return forth[...], back[...]
 
         forth, back = pl.run_scoped(meet, plgpu.ACC((C, C), F32), plgpu.ACC((C, C), F32))
-        i, j = index((C, C), 0), index((C, C), 1)
+        for level in range(2):
+            sym_s.at[level][...] = rows.across_tiles(forth, back, TILE << level).astype(BF)
+        forth, back = rows.diagonal_tiles(forth), rows.diagonal_tiles(back)
+        i, j = lax.rem(index((C, TILE), 0), jnp.int32(TILE)), index((C, TILE), 1)
         same_token = jnp.sum(jnp.where(i == j, forth, 0.0), axis=1)
         same_token = plgpu.layout_cast(lax.broadcast_in_dim(same_token, (C, SLICE), (0,)), ROWS)
-        mirrored = jnp.where(i > j, forth, back)
-        for level in range(2):
-            sym_s.at[level][...] = jnp.where(crossing((C, C), TILE << level) == 1, mirrored, 0.0).astype(BF)
-        tile = rows.diagonal_tiles(mirrored)
+        tile = jnp.where(i > j, forth, back)
         plgpu.barrier_wait(states_in)
         through = constant(0.0, (part, V // 2))
         for side in range(2):
@@ -279,9 +279,7 @@ def within(q, k, v, do, log_decay, states, grads):
             results.append((dq.astype(BF), dg - a * dk if tied else dg, None if tied else dk.astype(BF)))
         plgpu.commit_smem()
 
-        above, below = index((C, C), 1) >= index((C, C), 0), index((C, C), 1) < index((C, C), 0)
-        joined = spanned((C, C), 2 * TILE).astype(BF)
-        above, below = (jnp.where(x, 1.0, 0.0).astype(BF) for x in (above, below))
+        above, below, joined = (rows.order_masks(what) for what in ("above", "below", "joined"))
 
         def gather(refs):
             for s, acc in enumerate(refs):

@@ -213,13 +213,45 @@ def _tile_rows(ref, distance, n):
     return jnp.asarray(np.repeat(ref.view[np.arange(4) ^ distance], 16, axis=0))
 
 
+def _select_levels(levels):
+    i, j = np.arange(64)[:, None] % 16, np.arange(16)[None]
+    tile = jnp.where(i == j, levels[0], 0.0)
+    for level, x in enumerate(levels[1:]):
+        tile = jnp.where((i >> level & 1 == 1) & (i >> level == (j >> level) + 1), x, tile)
+    return tile
+
+
+def _blocks(size):
+    return np.arange(64)[:, None] // size, np.arange(64)[None] // size
+
+
+def _assemble_scores(tile, across16, across32):
+    (i, j), (upper, lower) = _blocks(16), _blocks(32)
+    near = jnp.where((i == j + 1) & (i % 2 == 1), across16, 0.0)
+    return jnp.where(i == j, jnp.tile(tile, (1, 4)), jnp.where(upper > lower, across32, near))
+
+
+def _across_tiles(forth, back, size):
+    i, j = _blocks(size)
+    return jnp.where((i // 2 == j // 2) & (i != j), jnp.where(i > j, forth, back), 0.0)
+
+
+def _order_masks(what):
+    (i, j), (a, b) = _blocks(1), _blocks(32)
+    joined = (a == b) & np.where(a == 1, j >= i, j < i)
+    return jnp.asarray({"above": j >= i, "below": j < i, "joined": joined}[what], jnp.bfloat16)
+
+
 _ROWS = {
     "partner_rows": lambda x, distance: x[np.arange(64) ^ distance],
     "pick": lambda size, upper, lower: jnp.where((np.arange(64) // size % 2 == 1)[:, None], upper, lower),
     "tile_products": lambda total, a, b: total + (_tiles(a) @ _tiles(b).swapaxes(1, 2)).reshape(64, 16),
     "tile_apply": lambda total, a, x: total + (_tiles(a) @ _tiles(x)).reshape(total.shape),
     "diagonal_tiles": lambda x: jnp.concatenate([x[i : i + 16, i : i + 16] for i in range(0, 64, 16)]),
-    "repeat_columns": lambda x: jnp.tile(x, (1, 4)),
+    "select_levels": _select_levels,
+    "assemble_scores": _assemble_scores,
+    "across_tiles": _across_tiles,
+    "order_masks": _order_masks,
     "put_tile_rows": lambda x, ref: ref.__setitem__(..., x[::16]),
     "get_tile_rows": _tile_rows,
 }
