@@ -19,6 +19,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from linscale.kernels.linear_attention import pallas_gpu_rows as rows
 from linscale.kernels.linear_attention.pallas_gpu_scalar import (
     BF,
     F32,
@@ -43,14 +44,13 @@ def _across(vector, shape, dimension):
     return plgpu.layout_cast(lax.broadcast_in_dim(x, shape, (dimension,)), ROWS)
 
 
-def _causal(reverse, doc_s):
-    """[C,C]: 1 where the row's token sees the column's, 0 elsewhere."""
-    i, j = iota((C, C), 0), iota((C, C), 1)
-    mask = jnp.where((j - i if reverse else i - j) >= 0.0, 1.0, 0.0)
+def _causal(scores, reverse, doc_s):
+    """scores [C,C] bfloat16, 0 where the row's token does not see the column's."""
+    scores = rows.causal(scores, reverse)
     if doc_s is not None:
-        edge = _across(doc_s.at[EDGE], (C, C), 0)
-        mask = mask * jnp.where((edge - j if reverse else j - edge) >= 0.0, 1.0, 0.0)
-    return mask
+        edge, j = _across(doc_s.at[EDGE], (C, C), 0), iota((C, C), 1)
+        scores = scores * jnp.where((edge - j if reverse else j - edge) >= 0.0, 1.0, 0.0)
+    return scores.astype(BF)
 
 
 def _sweep(q, k, v, table, turn, initial, docs, reverse, stages, make):
@@ -61,7 +61,7 @@ def _sweep(q, k, v, table, turn, initial, docs, reverse, stages, make):
     B, T, H, _ = q.shape
     keys_turn = make is _keys_chunk
     half = v.shape[-1] // 2
-    rows = k.shape[-1]  # of each part of the state
+    height = k.shape[-1]  # of each part of the state
     chunks = math.ceil(T / C)
     stages = min(stages, chunks)
     documents, start_state = docs is not None, initial is not None
@@ -81,11 +81,11 @@ def _sweep(q, k, v, table, turn, initial, docs, reverse, stages, make):
 
         @pl.when(wg < 2)
         def _compute():
-            plgpu.set_max_registers(232, action="increase")
+            plgpu.set_max_registers(240, action="increase")
             if start_state:
                 X, Y = (load_global(initial_g.at[b, h, part, :, mine]) for part in range(2))
             else:
-                X, Y = (plgpu.layout_cast(jnp.zeros((rows, half), F32), ROWS) for _ in range(2))
+                X, Y = (plgpu.layout_cast(jnp.zeros((height, half), F32), ROWS) for _ in range(2))
             x_s.at[wg][...] = X.astype(BF)
             y_s.at[wg][...] = Y.astype(BF)
             plgpu.barrier_wait(tables)
@@ -115,8 +115,8 @@ def _sweep(q, k, v, table, turn, initial, docs, reverse, stages, make):
                     release,
                 )
                 along = 0 if keys_turn else 1
-                at = pl.ds(0, rows) if keys_turn else mine
-                cos, sin = (_across(turn_s.at[part, at], (rows, half), along) for part in range(2))
+                at = pl.ds(0, height) if keys_turn else mine
+                cos, sin = (_across(turn_s.at[part, at], (height, half), along) for part in range(2))
                 X, Y = X * cos + Y * sin, Y * cos - X * sin
                 v_s.at[slot, wg][...] = out.astype(BF)
                 x_s.at[wg][...] = X.astype(BF)
@@ -154,8 +154,8 @@ def _sweep(q, k, v, table, turn, initial, docs, reverse, stages, make):
     K = table.shape[-1]
     matrix = lambda *shape: plgpu.SMEM(shape, BF, transforms=tiles(shape[-1]))  # noqa: E731
     scratch = [
-        *(matrix(stages, C, rows), matrix(stages, C, rows), matrix(stages, 2, C, half)),
-        *(matrix(2, rows, half), matrix(2, rows, half), matrix(C, K), matrix(C, K)),
+        *(matrix(stages, C, height), matrix(stages, C, height), matrix(stages, 2, C, half)),
+        *(matrix(2, height, half), matrix(2, height, half), matrix(C, K), matrix(C, K)),
         *([matrix(C, K), matrix(C, K)] if keys_turn else [matrix(2, C, half)]),
         plgpu.SMEM((2, K), F32),
         plgpu.Barrier(num_arrivals=4 + documents, num_barriers=stages),
@@ -166,7 +166,7 @@ def _sweep(q, k, v, table, turn, initial, docs, reverse, stages, make):
     ]
     if documents:
         scratch.append(plgpu.SMEM((stages, 4, C), BF))
-    out_type = [jax.ShapeDtypeStruct(v.shape, BF), jax.ShapeDtypeStruct((B, H, 2, rows, v.shape[-1]), F32)]
+    out_type = [jax.ShapeDtypeStruct(v.shape, BF), jax.ShapeDtypeStruct((B, H, 2, height, v.shape[-1]), F32)]
     if documents:  # whole numbers up to 63, and only what is read: shared memory is full
         docs = (docs[:, :, LAST:] if reverse else jnp.delete(docs, LAST, axis=2)).astype(BF)
     inputs = [x for x in (q, k, v, table, turn, initial, docs) if x is not None]
@@ -211,8 +211,8 @@ def _keys_chunk(refs, barriers, wg, state, reverse, release):
         plgpu.wgmma(oacc, q_s, x_s.at[wg])
         plgpu.wgmma(oacc, q_sin_s, y_s.at[wg])
         release()
-        p = plgpu.wgmma_accumulator_load(acc, wait_n=2) * _causal(reverse, doc_s)
-        return p.astype(BF), oacc[...]
+        p = _causal(plgpu.wgmma_accumulator_load(acc, wait_n=2), reverse, doc_s)
+        return p, oacc[...]
 
     p, o = pl.run_scoped(scores, plgpu.ACC((C, C), F32), plgpu.ACC((C, half), F32))
     X, Y, o, weigh = _documents(doc_s, reverse, X, Y, o)
@@ -238,7 +238,7 @@ def _values_chunk(refs, barriers, wg, state, reverse, release):
     """Each warpgroup owns half of the channels that have a phase; the two never wait for each other."""
     a_s, b_s, w_s, x_s, y_s, cos_s, sin_s, doc_s, sin_w_s = refs
     X, Y = state
-    half, rows = w_s.shape[-1], a_s.shape[-1]
+    half = w_s.shape[-1]
     channels = pl.ds(wg * half, half)
     w_cos, w_sin = w_s.at[wg], sin_w_s.at[wg]
 
@@ -248,45 +248,36 @@ def _values_chunk(refs, barriers, wg, state, reverse, release):
         w_sin[...] = w * load(sin_s.at[:, channels])
         w_cos[...] = w * load(cos_s.at[:, channels])
         release()
-        return (acc[...] * _causal(reverse, doc_s)).astype(BF)
+        return _causal(acc[...], reverse, doc_s)
 
     p = pl.run_scoped(scores, plgpu.ACC((C, C), F32))
     plgpu.commit_smem()
-
-    def read(xacc, yacc):
-        plgpu.wgmma(xacc, a_s, x_s.at[wg])
-        plgpu.wgmma(yacc, a_s, y_s.at[wg])
-        return xacc[...], yacc[...]
-
-    of_cos, of_sin = pl.run_scoped(read, plgpu.ACC((C, half), F32), plgpu.ACC((C, half), F32))
     X, Y, _, weigh = _documents(doc_s, reverse, X, Y, None)
-    if weigh is not None:
-        reads = _across(doc_s.at[REACHES if reverse else READS], (C, half), 0)
-        of_cos, of_sin = of_cos * reads, of_sin * reads
+    # One part after the other, the first rounded: registers hold no more.
+    of_cos, X = _values_part(a_s, b_s, w_cos, x_s.at[wg], p, X, doc_s, weigh, reverse)
+    of_cos = (of_cos * load(cos_s.at[:, channels]).astype(F32)).astype(BF)
+    of_sin, Y = _values_part(a_s, b_s, w_sin, y_s.at[wg], p, Y, doc_s, weigh, reverse)
+    return of_sin * load(sin_s.at[:, channels]).astype(F32) + of_cos.astype(F32), X, Y
 
-    def inside(refs):
-        plgpu.wgmma(refs[0], p, w_cos)
-        plgpu.wgmma(refs[1], p, w_sin)
+
+def _values_part(a_s, b_s, w_s, before_s, p, X, doc_s, weigh, reverse):
+    """What a chunk reads of cosines or of sines [C,half], not turned back yet, and that part of the state after it."""
+    zero = plgpu.layout_cast(jnp.zeros(w_s.shape, F32), ROWS)
+    init = plgpu.ACC.init
 
     def update(refs):
-        plgpu.wgmma(refs[0], b_s.transpose((1, 0)), w_cos)
-        plgpu.wgmma(refs[1], b_s.transpose((1, 0)), w_sin)
+        plgpu.wgmma(refs[0], a_s, before_s)
+        plgpu.wgmma(refs[0], p, w_s)
+        plgpu.wgmma(refs[1], b_s.transpose((1, 0)), w_s)
 
-    def both(refs):
-        inside(refs[:2])
-        update(refs[2:])
-
-    init = plgpu.ACC.init
     if weigh is None:
-        of_cos, of_sin, X, Y = pl.run_state(both)((init(of_cos), init(of_sin), init(X), init(Y)))
-    else:
-        of_cos, of_sin = pl.run_state(inside)((init(of_cos), init(of_sin)))
-        for s in (w_cos, w_sin):
-            s[...] = (load(s).astype(F32) * weigh).astype(BF)
-        plgpu.commit_smem()
-        X, Y = pl.run_state(update)((init(X), init(Y)))
-    cos, sin = (load(s.at[:, channels]).astype(F32) for s in (cos_s, sin_s))
-    return of_cos * cos + of_sin * sin, X, Y
+        return pl.run_state(update)((init(zero), init(X)))
+    out = pl.run_state(lambda acc: plgpu.wgmma(acc, a_s, before_s))(init(zero))
+    out = out * _across(doc_s.at[REACHES if reverse else READS], w_s.shape, 0)
+    out = pl.run_state(lambda acc: plgpu.wgmma(acc, p, w_s))(init(out))
+    w_s[...] = (load(w_s).astype(F32) * weigh).astype(BF)
+    plgpu.commit_smem()
+    return out, pl.run_state(lambda acc: plgpu.wgmma(acc, b_s.transpose((1, 0)), w_s))(init(X))
 
 
 def _documents(doc_s, reverse, X, Y, o):

@@ -296,6 +296,34 @@ def order_masks(what):
     return make()
 
 
+def causal(x, reverse=False):
+    """x [64,64] where the column is not behind the row (`reverse`: not before it), else 0."""
+
+    @plgpu.inline_mgpu(arg_types=(ROWS,), return_type=_type((64, 64)))
+    def keep(_, x):
+        p, select = _Predicates(), arith.select
+        f32 = ir.F32Type.get()
+        pair = ir.VectorType.get((2,), f32)
+        zero = utils.c(0.0, f32)
+        zeros = vector.from_elements(pair, [zero, zero])
+        behind = "ult" if reverse else "ugt"
+        drop = [p.compare(behind, arith.addi(p.column, p.number(e)), p.row) for e in range(2)]
+        results = []
+        for octet, halves in enumerate(x.registers.reshape(-1, 2)):
+            tile, side = octet // 2, octet % 2
+            mine, outside = p.compare("eq", p.warp, tile), p.compare("ugt" if reverse else "ult", p.warp, tile)
+            for half, r in enumerate(halves):
+                if side == half:
+                    parts = [vector.extract(r, [], [e]) for e in range(2)]
+                    in_tile = vector.from_elements(pair, [select(d, zero, x) for d, x in zip(drop, parts)])
+                else:
+                    in_tile = r if (side < half) != reverse else zeros
+                results.append(select(mine, in_tile, select(outside, zeros, r)))
+        return _like(results, (64, 64), ROWS.to_mgpu())
+
+    return keep(x)
+
+
 def put_tile_rows(x, ref):
     """Writes one row of each 16-row tile of x [64,n], whose rows must be alike within a tile, to ref [4,n] float32."""
 

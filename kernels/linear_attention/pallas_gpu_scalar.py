@@ -76,7 +76,7 @@ def same_document(doc_s, transposed):
 
 def ring(fetch, chunks, stages, empty):
     """What the fetching warpgroup does: keep `stages` chunks ahead."""
-    plgpu.set_max_registers(40, action="decrease")
+    plgpu.set_max_registers(24, action="decrease")
     for i in range(stages):
         fetch(jnp.int32(i), i)
 

@@ -252,6 +252,7 @@ _ROWS = {
     "assemble_scores": _assemble_scores,
     "across_tiles": _across_tiles,
     "order_masks": _order_masks,
+    "causal": lambda x, reverse=False: jnp.triu(x) if reverse else jnp.tril(x),
     "put_tile_rows": lambda x, ref: ref.__setitem__(..., x[::16]),
     "get_tile_rows": _tile_rows,
 }
