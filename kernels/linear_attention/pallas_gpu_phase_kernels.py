@@ -30,6 +30,7 @@ from linscale.kernels.linear_attention.pallas_gpu_scalar import (
     iota,
     load,
     load_global,
+    Zero,
     ring,
     tiles,
 )
@@ -96,6 +97,7 @@ def _sweep(q, k, v, table, turn, initial, docs, reverse, stages, make):
             def chunk(t, state):
                 slot = lax.rem(t, jnp.int32(stages))
                 n = chunks - 1 - t if reverse else t
+                *state, zero = state
                 plgpu.barrier_wait(full.at[slot])
                 doc_s = docs_s.at[slot] if documents else None
 
@@ -107,9 +109,10 @@ def _sweep(q, k, v, table, turn, initial, docs, reverse, stages, make):
                         plgpu.barrier_arrive(empty.at[lax.rem(t + stages - 1, jnp.int32(stages))])
 
                 out, X, Y = make(
-                    (q_s.at[slot], k_s.at[slot], v_s.at[slot], x_s, y_s, cos_s, sin_s, doc_s, *more_s),
+                    (q_s.at[slot], k_s.at[slot], v_s.at[slot], x_s, y_s, cos_s, sin_s, doc_s)
+                    + tuple(s.at[zero] for s in more_s),
                     (ready, free),
-                    wg,
+                    wg + zero,
                     state,
                     reverse,
                     release,
@@ -123,9 +126,9 @@ def _sweep(q, k, v, table, turn, initial, docs, reverse, stages, make):
                 y_s.at[wg][...] = Y.astype(BF)
                 plgpu.commit_smem()
                 plgpu.copy_smem_to_gmem(v_s.at[slot, wg], o_g.at[b, pl.ds(n * C, C), h, mine])
-                return X, Y
+                return X, Y, Zero.next(zero, t)
 
-            X, Y = lax.fori_loop(0, chunks, chunk, (X, Y))
+            X, Y, _ = lax.fori_loop(0, chunks, chunk, (X, Y, Zero.start(turn_g[h, 0, 0])))
             final_g.at[b, h, 0, :, mine][...] = X
             final_g.at[b, h, 1, :, mine][...] = Y
             if keys_turn:
@@ -156,7 +159,7 @@ def _sweep(q, k, v, table, turn, initial, docs, reverse, stages, make):
     scratch = [
         *(matrix(stages, C, height), matrix(stages, C, height), matrix(stages, 2, C, half)),
         *(matrix(2, height, half), matrix(2, height, half), matrix(C, K), matrix(C, K)),
-        *([matrix(C, K), matrix(C, K)] if keys_turn else [matrix(2, C, half)]),
+        *([matrix(1, C, K), matrix(1, C, K)] if keys_turn else [matrix(1, 2, C, half)]),
         plgpu.SMEM((2, K), F32),
         plgpu.Barrier(num_arrivals=4 + documents, num_barriers=stages),
         plgpu.Barrier(num_arrivals=2, num_barriers=stages),

@@ -74,6 +74,22 @@ def same_document(doc_s, transposed):
     return jnp.where(room >= 0.0, 1.0, 0.0)
 
 
+class Zero:
+    """0, in the eyes of the compiler an unknown number that changes from chunk to chunk.
+
+    As an index it keeps descriptors of shared memory from being formed once before the loop: registers cannot hold them
+    all, and what they spill comes back from memory far slower than it is formed.
+    """
+
+    @staticmethod
+    def start(number_below_two):
+        return jnp.where(number_below_two > 2.0, 1, 0).astype(jnp.int32)
+
+    @staticmethod
+    def next(zero, t):
+        return zero * (t + 3)
+
+
 def ring(fetch, chunks, stages, empty):
     """What the fetching warpgroup does: keep `stages` chunks ahead."""
     plgpu.set_max_registers(24, action="decrease")
