@@ -228,7 +228,6 @@ def within(q, k, v, do, log_decay, states, grads):
         plgpu.commit_smem()
 
         zero, one = (constant(x, (C, SLICE)) for x in (0.0, 1.0))
-        results = []
         for s in range(part // SLICE):
             mine = pl.ds(s * SLICE, SLICE)
             g = load(g_s.at[:, mine]).astype(F32)
@@ -276,26 +275,19 @@ def within(q, k, v, do, log_decay, states, grads):
             writes_s.at[:, mine][...] = (k * writes).astype(BF)
             dq, dk = sums["q"] + reads, sums["k"] + writes
             dg = sums["g"] + whole * along_columns(through_s.at[mine], (C, SLICE))
-            results.append((dq.astype(BF), dg - a * dk if tied else dg, None if tied else dk.astype(BF)))
-        plgpu.commit_smem()
+            plgpu.commit_smem()
 
-        above, below, joined = (rows.order_masks(what) for what in ("above", "below", "joined"))
+            def gather(acc, mine=mine):  # (1 - k is the gate)
+                plgpu.wgmma(acc, rows.order_masks("joined"), q_s.at[:, mine])
+                plgpu.wgmma(acc, rows.order_masks("above"), reads_s.at[:, mine])
+                plgpu.wgmma(acc, rows.order_masks("below"), writes_s.at[:, mine])
 
-        def gather(refs):
-            for s, acc in enumerate(refs):
-                mine = pl.ds(s * SLICE, SLICE)
-                plgpu.wgmma(acc, joined, q_s.at[:, mine])
-                plgpu.wgmma(acc, above, reads_s.at[:, mine])
-                plgpu.wgmma(acc, below, writes_s.at[:, mine])
-
-        gathered = pl.run_state(gather)(tuple(plgpu.ACC.init(r[1]) for r in results))
-        plgpu.commit_smem()  # all warps have read what is now written over
-        for s, dg in enumerate(gathered):
-            mine = pl.ds(s * SLICE, SLICE)
-            q_s.at[:, mine][...] = results[s][0]
+            dg = pl.run_state(gather)(plgpu.ACC.init(dg - (1.0 - k) * dk if tied else dg))
+            plgpu.commit_smem()  # all warps have read what is now written over
+            q_s.at[:, mine][...] = dq.astype(BF)
             g_s.at[:, mine][...] = dg.astype(g_type)
             if not tied:
-                k_s.at[:, mine][...] = results[s][2]
+                k_s.at[:, mine][...] = dk.astype(BF)
         plgpu.commit_smem()
         for source, target in ((q_s, dq_g), (g_s, dg_g), *([] if tied else [(k_s, dk_g)])):
             plgpu.copy_smem_to_gmem(source, target.at[b, at, h, channels])
