@@ -97,19 +97,29 @@ def _pad(x, widths, **kw):
 
 @jax.custom_vjp
 def _vector(q, k, v, log_decay, initial_state):
+    out, after, _ = _vector_values(q, k, v, log_decay, initial_state, save=False)
+    return out, after
+
+
+def _vector_values(q, k, v, log_decay, initial_state, save):
+    """out, the last state, and what the backward pass needs: states before each chunk and scores.
+
+    What each span adds to a state is found by a whole forward pass: twice the work, side by side.
+    """
     from linscale.kernels.linear_attention import pallas_gpu_vector as kernels
 
+    spans = choose_spans(q.shape[0] * q.shape[2], q.shape[1], split=2, whole=1)
     before = None if initial_state is None else initial_state[:, None]
-    out, after, _, _ = kernels.forward(q, k, v, log_decay, before)
-    return out, after[:, -1]
+    if spans > 1:
+        _, added, _, _ = kernels.forward(q, k, v, log_decay, None, spans=spans)
+        before = _chain(initial_state, added, _vector_survival(log_decay, spans))
+    out, after, *kept = kernels.forward(q, k, v, log_decay, before, spans=spans, save=save)
+    return out, after[:, -1], kept
 
 
 def _vector_forward(q, k, v, log_decay, initial_state):
-    from linscale.kernels.linear_attention import pallas_gpu_vector as kernels
-
-    before = None if initial_state is None else initial_state[:, None]
-    out, after, states, scores = kernels.forward(q, k, v, log_decay, before, save=True)
-    return (out, after[:, -1]), (q, k, v, log_decay, states, scores, None if before is None else ())
+    out, after, (states, scores) = _vector_values(q, k, v, log_decay, initial_state, save=True)
+    return (out, after), (q, k, v, log_decay, states, scores, None if initial_state is None else ())
 
 
 def _vector_backward(residuals, cotangents):
@@ -117,9 +127,22 @@ def _vector_backward(residuals, cotangents):
 
     q, k, v, log_decay, states, scores, given = residuals
     d_out, d_state = cotangents
-    dv, grads, before = carry(q, k, d_out, log_decay, scores, d_state[:, None])
+    spans = choose_spans(q.shape[0] * q.shape[2], q.shape[1], split=2, whole=1)
+    d_after = d_state[:, None]
+    if spans > 1:
+        _, _, added = carry(q, k, d_out, log_decay, scores, None, spans=spans)
+        d_after = _chain(d_state, added, _vector_survival(log_decay, spans), reverse=True)
+    dv, grads, before = carry(q, k, d_out, log_decay, scores, d_after, spans=spans)
     dq, dk, d_log_decay = within(q, k, v, d_out, log_decay, states, grads)
     return dq, dk, dv, d_log_decay, None if given is None else before[:, 0]
+
+
+def _vector_survival(log_decay, spans):
+    """What is left of a state across each span: [B,N,H,K]."""
+    B, T, H, K = log_decay.shape
+    length = chunks_of_a_span(T, spans) * 64
+    g = _pad(log_decay.astype(jnp.float32), [(0, 0), (0, spans * length - T), (0, 0), (0, 0)])
+    return jnp.exp(g.reshape(B, spans, length, H, K).sum(2))
 
 
 _vector.defvjp(_vector_forward, _vector_backward)
@@ -197,15 +220,18 @@ def _rate(log_decay):
     return jnp.maximum(log_decay.astype(jnp.float32), -1e4) * math.log2(math.e)
 
 
-def choose_spans(rows: int, tokens: int) -> int:
-    """How many spans to cut a sequence into, for `rows` = batch x heads, by the traffic of the forward pass."""
+def choose_spans(rows: int, tokens: int, split: int = 6, whole: int = 4) -> int:
+    """How many spans to cut a sequence into, for `rows` = batch x heads.
+
+    split, whole: what a chunk costs if the sequence is cut and if it is not; for no or scalar decay the tensors moved.
+    """
     chunks = -(-tokens // 64)
     best, best_cost = 1, math.inf
     for spans in range(1, max(1, min(chunks // 8, 2 * MULTIPROCESSORS // rows)) + 1):
         spans = -(-chunks // -(-chunks // spans))  # no span without a chunk
         waves = -(-rows * spans // MULTIPROCESSORS)
         cost = (
-            4 * waves * chunks if spans == 1 else 6 * waves * -(-chunks // spans) + 24
+            whole * waves * chunks if spans == 1 else split * waves * -(-chunks // spans) + 4 * split
         )  # the small operations between
         if cost < 0.95 * best_cost:
             best, best_cost = spans, cost
@@ -249,20 +275,23 @@ def _survival(rate, docs, tokens, spans):
 
 
 def _chain(state, added, kept, reverse=False):
-    """The state before each span from what spans add, [B,N,H,.,.]; with `reverse`, from the end."""
+    """The state before each span from what spans add, [B,N,H,.,.]; with `reverse`, from the end.
+
+    kept: what is left across a span, [B or 1,N,H] or, if channels differ, [B,N,H,K].
+    """
     if state is None:
         state = jnp.zeros_like(added[:, 0])
 
     def body(state, x):
         add, keep = x
-        return keep[..., None, None] * state + add, state
+        return keep * state + add, state
 
-    kept = jnp.broadcast_to(kept, added.shape[:3])
+    kept = jnp.broadcast_to(kept[..., None] if kept.ndim == 4 else kept[..., None, None], (*added.shape[:4], 1))
     if added.shape[1] <= 16:  # one fused operation instead of a loop of many small ones
         before = []
         for n in sorted(range(added.shape[1]), reverse=reverse):
             before.append(state)
-            state = kept[:, n, :, None, None] * state + added[:, n]
+            state = kept[:, n] * state + added[:, n]
         return jnp.stack(before[::-1] if reverse else before, axis=1)
     _, before = jax.lax.scan(body, state, (jnp.moveaxis(added, 1, 0), jnp.moveaxis(kept, 1, 0)), reverse=reverse)
     return jnp.moveaxis(before, 0, 1)
