@@ -199,7 +199,9 @@ def peer(args):
         want = np.load(args.out / f"want_{kind}.npz")
         errors = {"out": error(out.detach().float().cpu(), want["out"])}
         for n, g in zip(leaves, grads):
-            if f"d_{n}" in want and (kind != "vector" or n in ("q", "v")):  # ours ties k to the decay, so that these two differ by design
+            if f"d_{n}" in want and (
+                kind != "vector" or n in ("q", "v")
+            ):  # ours ties k to the decay, so that these two differ by design
                 errors[f"d_{n}"] = error(g.float().cpu(), want[f"d_{n}"])
         print(
             f"check {kind:7s} fla       ",

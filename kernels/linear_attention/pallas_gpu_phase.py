@@ -37,7 +37,9 @@ def _on_chip_forward(tokens, *args):
     q, k, v, phase, initial_state, docs = args
     start = None
     if initial_state is not None:
-        start = jnp.stack([*_halves(initial_state * jnp.repeat(jnp.array([1.0, -1.0]), phase.shape[1])[:, None])], axis=2)
+        start = jnp.stack(
+            [*_halves(initial_state * jnp.repeat(jnp.array([1.0, -1.0]), phase.shape[1])[:, None])], axis=2
+        )
     out, state = turned_keys(q, k, v, *_tables(phase), start, docs)
     x, y = state[:, :, 0], state[:, :, 1]
     cos, sin = _angle(phase, -tokens % C)  # how far the last chunk's end is past the last token
