@@ -1,7 +1,7 @@
 """Linear attention on Hopper GPUs: which kernel serves, spans of a sequence, documents, and the gradients.
 
-The kernels (`pallas_gpu_scalar`) walk a sequence chunk by chunk with the float32 state on chip. Where batch x heads
-would leave most of the chip idle, the sequence is cut into spans: one more pass over keys and values finds what each
+The kernels (`pallas_gpu_scalar`, `_vector`, `_phase_kernels`) walk a sequence chunk by chunk with the float32 state on
+chip. Where batch x heads would leave most of the chip idle, the sequence is cut into spans: one more pass finds what each
 span adds to the state, a few small operations give the state before each span, and all spans then run side by side.
 
 Letters: B batch, T tokens, H heads, K key channels, V value channels, N spans, C tokens of a chunk.
@@ -51,7 +51,9 @@ def pallas_gpu(q, k, v, log_decay, phase, initial_state, segment_ids):
     if phase is None:
         return _any_shape(q, k, v, log_decay, None, initial_state, segment_ids)
     fixed = jax.lax.stop_gradient(phase)
-    if q.shape[0] * q.shape[2] * 6 >= MULTIPROCESSORS or q.shape[1] < 1024:
+    if (
+        6 * q.shape[0] * q.shape[2] >= MULTIPROCESSORS or q.shape[1] < 1024
+    ):  # fewer heads: four times the traffic, in spans
         out, state = _any_shape(q, k, v, None, fixed, initial_state, segment_ids)
     else:
         run = lambda q, k, v, state: _any_shape(q, k, v, None, None, state, segment_ids)  # noqa: E731

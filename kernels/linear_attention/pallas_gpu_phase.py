@@ -17,7 +17,6 @@ from jax.custom_derivatives import SymbolicZero
 
 from linscale.kernels.linear_attention import chunked
 
-
 C = 64
 
 

@@ -26,11 +26,11 @@ from linscale.kernels.linear_attention.pallas_gpu_scalar import (
     LAST,
     ROWS,
     C,
+    Zero,
     call,
     iota,
     load,
     load_global,
-    Zero,
     ring,
     tiles,
 )
@@ -57,7 +57,8 @@ def _causal(scores, reverse, doc_s):
 def _sweep(q, k, v, table, turn, initial, docs, reverse, stages, make):
     """What both kernels share: arguments, the ring of q, k, v, the state in two parts X, Y and its turning.
 
-    make(refs, slot, wg, X, Y) -> out, X, Y for one chunk, X and Y not turned yet.
+    make(refs, barriers, warpgroup, (X, Y), reverse, release) -> out, X, Y of one chunk, X and Y not turned yet; it calls
+    `release` once it has work running, to give back the place of the output before.
     """
     B, T, H, _ = q.shape
     keys_turn = make is _keys_chunk
@@ -108,15 +109,10 @@ def _sweep(q, k, v, table, turn, initial, docs, reverse, stages, make):
                     def _():
                         plgpu.barrier_arrive(empty.at[lax.rem(t + stages - 1, jnp.int32(stages))])
 
-                out, X, Y = make(
-                    (q_s.at[slot], k_s.at[slot], v_s.at[slot], x_s, y_s, cos_s, sin_s, doc_s)
-                    + tuple(s.at[zero] for s in more_s),
-                    (ready, free),
-                    wg + zero,
-                    state,
-                    reverse,
-                    release,
-                )
+                ring_s = q_s.at[slot], k_s.at[slot], v_s.at[slot]
+                own_s = (s.at[zero] for s in more_s)
+                refs = (*ring_s, x_s, y_s, cos_s, sin_s, doc_s, *own_s)
+                out, X, Y = make(refs, (ready, free), wg + zero, state, reverse, release)
                 along = 0 if keys_turn else 1
                 at = pl.ds(0, height) if keys_turn else mine
                 cos, sin = (_across(turn_s.at[part, at], (height, half), along) for part in range(2))

@@ -239,7 +239,7 @@ def within(q, k, v, do, log_decay, states, grads):
             def learn(level, size, to_token, after_token, mine=mine, q=q, k=k, sums=sums):
                 x = rows.pick(size, q * to_token, k * after_token)
                 if size < TILE:
-                    pairs = jnp.where(crossing((C, TILE), size) == 1, tile, 0.0).astype(BF)
+                    pairs = jnp.where(crossing(size) == 1, tile, 0.0).astype(BF)
                     dx = rows.tile_apply(zero, pairs, x.astype(BF))
                 else:
                     x_s = (q_s if size == TILE else reads_s).at[:, mine]
@@ -257,7 +257,7 @@ def within(q, k, v, do, log_decay, states, grads):
                 if size == 1:
                     sums["g"] = rows.pick(size, met, zero)
                 elif size <= TILE:
-                    sums["g"] = rows.tile_apply(sums["g"], spanned((C, TILE), size).astype(BF), met.astype(BF))
+                    sums["g"] = rows.tile_apply(sums["g"], spanned(size).astype(BF), met.astype(BF))
                 else:
                     q_s.at[:, mine][...] = met.astype(BF)
 

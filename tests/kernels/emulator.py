@@ -189,7 +189,7 @@ def _kernel(body, *, out_type, scratch_types, grid, grid_names, num_threads=1, t
                 _here.wg, _here.axes = number, dict(zip((*grid_names, thread_name), (*place, number)))
                 try:
                     body(*refs, *scratch)
-                except BaseException as e:  # noqa: BLE001 - raised again below
+                except BaseException as e:
                     failures.append(e)
 
             threads = [threading.Thread(target=warpgroup, args=(n,)) for n in range(num_threads)]
