@@ -104,7 +104,7 @@ def schedule(name, trips):
     lines = []
     for line in dumped(name, "packed-bundles-post-ra.txt").read_text().split("\n"):
         if m := re.match(r"^ *(0x[0-9a-f]+|0) +([A-Z]*) *: *(>*) *(\{.*)$", line):
-            depth = len(m[3]) if m[4] != "{}" else lines[-1][2]  # empty ones are printed without their depth
+            depth = lines[-1][2] if m[4].startswith("{}") else len(m[3])  # empty ones are printed without it
             lines.append((int(m[1], 16), m[2], depth, m[4]))
     starts = {depth: [i for i, x in enumerate(lines) if x[1] == "LB" and x[2] == depth] for depth in (1, 2)}
 
