@@ -157,7 +157,7 @@ def measure(generation, kind, direction, channels, *, batch=8, tokens=8192, head
         plan = pallas_tpu.plan_for(tokens, heads, channels, channels, kind, jnp.dtype(dtype), False)
     columns = plan.columns if direction == "forward" else plan.columns_backward
     seconds, temporary = compile_kernel(mesh, kind, direction, batch, tokens, heads, channels, dtype)
-    trips = pallas_tpu.inner_loops(plan, kind, direction)
+    trips = pallas_tpu.inner_loops(plan, direction)
     cycles, slots, vmem, loops = schedule(f"linear_attention_{direction}", trips)
     matrix, memory = floors(generation, kind, direction, plan, columns, channels, dtype)
     return {

@@ -100,10 +100,9 @@ def plan_for(tokens, H, K, V, kind, dtype, interpret, q=None) -> scalar.Plan:
     )
 
 
-def inner_loops(plan, kind, direction) -> list[int]:
+def inner_loops(plan, direction) -> list[int]:
     """Trips of the loops inside a grid step, for reading a compiled schedule; loops of one trip are no loops."""
-    unrolled = kind in ("none", "scalar", "phase") and plan.chunks <= 4
-    trips = [plan.chunks] * (1 if direction == "forward" or unrolled else 2)
+    trips = [plan.chunks] * (1 if direction == "forward" or plan.chunks <= 4 else 2)
     return [n for n in trips if n > 1]
 
 

@@ -36,6 +36,7 @@ from linscale.kernels.linear_attention.pallas_tpu_scalar import (
 )
 
 TILE = 8  # sublanes: blocks of this many tokens and more are whole registers
+FORGET = -16384.0  # log of a gate of zero; a power of two, exact in bfloat16
 STARTS = 4  # row of the documents' array: 1 where a document begins
 
 
@@ -43,16 +44,20 @@ def levels_of(C):
     return [1 << n for n in range(C.bit_length() - 1)]
 
 
-def mask_shapes(C):
-    """One mask per level."""
-    return [pltpu.VMEM((C, C), F32) for _ in levels_of(C)]
+def table_shapes(C, dtype):
+    """Which tokens are later than which, and one mask per level."""
+    return [pltpu.VMEM((C, C), dtype)] + [pltpu.VMEM((C, C), F32) for _ in levels_of(C)]
 
 
-def fill_masks(refs, C):
-    """Which pairs meet at each level, in either order: those of a block of 2h tokens that are in different halves."""
+def fill_tables(refs, C, *, both_orders):
+    """masks: which pairs meet at each level, [query, key] only or in both orders: those of a block of 2h tokens that are
+    in different halves."""
+    later, *masks = refs
     row, col = (lax.broadcasted_iota(jnp.int32, (C, C), d) for d in (0, 1))
-    for h, ref in zip(levels_of(C), refs):
-        ref[...] = ((row ^ col) // h == 1).astype(F32)
+    later[...] = (col > row).astype(F32).astype(later.dtype)
+    for h, ref in zip(levels_of(C), masks):
+        meet = (row ^ col) // h == 1
+        ref[...] = (meet if both_orders else meet & (row > col)).astype(F32)
 
 
 def halves(x, h):
@@ -74,6 +79,13 @@ def add_to_half(x, which, y, h):
     parts = list(halves(x, h))
     parts[which] = parts[which] + y
     return joined(*parts, h)
+
+
+def summed(table, x, exact):
+    """table [C,C] times x [C,.] float32, by parts of x in the table's dtype: one if that is exact, else two."""
+    high = x.astype(table.dtype)
+    total = dot(table, high, NN)
+    return total if exact else total + dot(table, (x - high.astype(F32)).astype(table.dtype), NN)
 
 
 def gate_products(a):
@@ -125,12 +137,15 @@ def times(x, weight, dtype):
 
 
 def gates_and_keys(g, k, starts):
-    """(gates, the derivative of tied keys' gates or None, keys), float32 [C,128], from log gates."""
+    """(log gates, gates, the derivative of tied keys' gates or None, keys), float32 [C,128]."""
+    g = jnp.maximum(g.astype(F32), FORGET)
     a = jnp.exp(g)
     # 1 - a would lose digits near zero
     tied = lambda: jnp.where(g > -0.02, -g * (1.0 + g * (0.5 + g * (1.0 / 6.0))), 1.0 - a)  # noqa: E731
     keys = tied() if k is None else k.astype(F32)
-    return (a if starts is None else jnp.where(starts > 0.0, 0.0, a)), a, keys
+    if starts is None:
+        return g, a, a, keys
+    return jnp.where(starts > 0.0, FORGET, g), jnp.where(starts > 0.0, 0.0, a), a, keys
 
 
 def head_sums(x, heads):
@@ -142,10 +157,9 @@ def head_sums(x, heads):
 
 def walk(q, k, v, a, state, masks, heads):
     """One chunk: (what queries read [C,128] float32, the state after). q, k, a float32; v in its own dtype."""
-    dtype, C = v.dtype, q.shape[0]
+    dtype = v.dtype
     levels, (to_all, after_all), total = gate_products(a)
-    scores = [jnp.zeros((C, C), F32)] * heads
-    row, col = (lax.broadcasted_iota(jnp.int32, (C, C), d) for d in (0, 1))
+    scores = [jnp.zeros((q.shape[0],) * 2, F32)] * heads
     for (h, weight), mask in zip(levels, masks):
         both = weighted(q, k, weight, h, dtype)
         for g in range(heads):
@@ -154,7 +168,6 @@ def walk(q, k, v, a, state, masks, heads):
             else:
                 queries = only(packed_halves(both, q * weight, h)[1], g, heads)
                 scores[g] = add_to_half(scores[g], 1, dot(queries, both, NT) * halves(mask[...], h)[1], h)
-    scores = [jnp.where(row > col, s, 0.0) for s in scores]
     out = dot(times(q, to_all, dtype), state.astype(dtype), NT)
     out = out + by_head([dot(s.astype(dtype), v, NN) for s in scores], heads)
     out = out + head_sums(q * k, heads) * v.astype(F32)
@@ -168,19 +181,8 @@ def packed_halves(both, exact, h):
     return tuple(x.astype(both.dtype) for x in halves(exact, h))
 
 
-def suffix_sums(x, dtype):
-    """[C,128] float32: for each token the sum over it and all later ones, on the matrix unit."""
-    C = x.shape[0]
-    row, col = (lax.broadcasted_iota(jnp.int32, (C, C), d) for d in (0, 1))
-    later = (col >= row).astype(dtype)
-    if dtype == F32:
-        return dot(later, x, NN)
-    high = x.astype(dtype)
-    return dot(later, high, NN) + dot(later, (x - high.astype(F32)).astype(dtype), NN)
-
-
-def walk_back(q, k, v, d_out, a, state, d_after, masks, heads):
-    """One chunk, backwards: (dq, dk, dv, d log a, the gradient of the state before), float32 [C,128] and [128,128].
+def walk_back(q, k, v, d_out, a, state, d_after, later, masks, heads):
+    """One chunk, backwards: (dq, dk, dv, d log gate, the gradient of the state before), float32 [C,128] and [128,128].
 
     state: before the chunk, in the dtype of v; d_after: gradient of the state after the chunk, float32.
     """
@@ -231,7 +233,8 @@ def walk_back(q, k, v, d_out, a, state, d_after, masks, heads):
     dq, dk = dq + d_same * k, dk + d_same * q
     dv = dv + by_head([dot(s.astype(dtype), d_out, NN) for s in scores], heads)
     dv = dv + head_sums(q * k, heads) * d_out.astype(F32)
-    return dq, dk, dv, suffix_sums(net, dtype) + base, d_before
+    d_log_gate = summed(later[...], net, exact=dtype == F32) + net + base  # sums over each token and all later ones
+    return dq, dk, dv, d_log_gate, d_before
 
 
 def _start_column(docs_ref, c):
@@ -255,14 +258,14 @@ def forward(plan: Plan, q, k, v, log_decay, initial, docs, *, save: bool):
         docs_ref = refs.pop(0) if docs is not None else None
         out_ref, final_ref = refs.pop(0), refs.pop(0)
         saved_ref = refs.pop(0) if save else None
-        state, *masks = refs
+        state, *tables = refs
         t = pl.program_id(2)
 
         @pl.when(t == 0)
         def _():
             for w in range(columns):
                 state[w] = jnp.zeros((LANES, LANES), F32) if initial_ref is None else initial_ref[0, w].T
-            fill_masks(masks, C)
+            fill_tables(tables, C, both_orders=False)
 
         if save:
             saved_ref[0, :, 0] = state[...]
@@ -272,8 +275,8 @@ def forward(plan: Plan, q, k, v, log_decay, initial, docs, *, save: bool):
             starts = _start_column(docs_ref, c)
             for w in range(columns):
                 at = (0, rows, pl.ds(w * LANES, LANES))
-                a, _, keys = gates_and_keys(g_ref[at].astype(F32), None if k is None else k_ref[at], starts)
-                out, state[w] = walk(q_ref[at].astype(F32), keys, v_ref[at], a, state[w], masks, heads)
+                _, a, _, keys = gates_and_keys(g_ref[at], None if k is None else k_ref[at], starts)
+                out, state[w] = walk(q_ref[at].astype(F32), keys, v_ref[at], a, state[w], tables[1:], heads)
                 out_ref[at] = out.astype(dtype)
             return 0
 
@@ -291,7 +294,7 @@ def forward(plan: Plan, q, k, v, log_decay, initial, docs, *, save: bool):
     inputs += [("docs", docs)] if docs is not None else []
     outputs = [("tokens", q.shape, dtype), ("state", one, F32)]
     outputs += [("states", (*one[:2], padded // plan.block, LANES, LANES), F32)] * save
-    scratch = [pltpu.VMEM((columns, LANES, LANES), F32), *mask_shapes(C)]
+    scratch = [pltpu.VMEM((columns, LANES, LANES), F32), *table_shapes(C, dtype)]
     out, final, *saved = call(
         plan, columns, body, inputs, outputs, scratch, q, reverse=False, name="linear_attention_forward"
     )
@@ -302,6 +305,7 @@ def backward(plan: Plan, q, k, v, log_decay, docs, saved, d_out, d_final):
     """(dq, dk or None where tied, dv, d log_decay, the state's gradient before the first token)."""
     batch, _, width = q.shape
     columns, dtype, C, heads = plan.columns_backward, q.dtype, plan.chunk, plan.heads
+    exact = dtype in (F32, log_decay.dtype)
     tied = k is None
 
     def body(*refs):
@@ -314,37 +318,39 @@ def backward(plan: Plan, q, k, v, log_decay, docs, saved, d_out, d_final):
         dq_ref, dv_ref, dg_ref = refs[:3]
         del refs[:3]
         dk_ref = None if tied else refs.pop(0)
-        d_initial_ref, d_state, state, states, *masks = refs
+        d_initial_ref, d_state, state, states, later, *masks = refs
         step = pl.program_id(2)
 
         @pl.when(step == 0)
         def _():
             for w in range(columns):
                 d_state[w] = jnp.zeros((LANES, LANES), F32) if d_final_ref is None else d_final_ref[0, w].T
-            fill_masks(masks, C)
+            fill_tables((later, *masks), C, both_orders=True)
 
         state[...] = saved_ref[0, :, 0]
 
         def load(c, w):
             at = (0, pl.ds(pl.multiple_of(c * C, C), C), pl.ds(w * LANES, LANES))
             starts = _start_column(docs_ref, c)
-            return at, starts, gates_and_keys(g_ref[at].astype(F32), None if tied else k_ref[at], starts)
+            return at, starts, gates_and_keys(g_ref[at], None if tied else k_ref[at], starts)
 
         def onward(c, _):
             for w in range(columns):
-                at, _, (a, _, keys) = load(c, w)
-                _, (_, after), total = gate_products(a)
+                at, _, (g, _, _, keys) = load(c, w)
+                after = summed(later[...], g, exact)
                 states[w, c] = state[w].astype(dtype)
-                added = dot(v_ref[at], times(keys, after, dtype), TN)
-                state[w] = state[w] * total + own_blocks(added, heads)
+                added = dot(v_ref[at], times(keys, jnp.exp(after), dtype), TN)
+                state[w] = state[w] * jnp.exp(after[:1] + g[:1]) + own_blocks(added, heads)
             return 0
 
         def back(i, _):
             c = plan.chunks - 1 - i
             for w in range(columns):
-                at, starts, (a, derivative, keys) = load(c, w)
+                at, starts, (_, a, derivative, keys) = load(c, w)
                 q, v, d_out = q_ref[at].astype(F32), v_ref[at], d_out_ref[at]
-                dq, dk, dv, dg, d_state[w] = walk_back(q, keys, v, d_out, a, states[w, c], d_state[w], masks, heads)
+                dq, dk, dv, dg, d_state[w] = walk_back(
+                    q, keys, v, d_out, a, states[w, c], d_state[w], later, masks, heads
+                )
                 if starts is not None:
                     dg = jnp.where(starts > 0.0, 0.0, dg)
                 if tied:
@@ -354,7 +360,7 @@ def backward(plan: Plan, q, k, v, log_decay, docs, saved, d_out, d_final):
                 dq_ref[at], dv_ref[at], dg_ref[at] = dq.astype(dtype), dv.astype(dtype), dg.astype(dg_ref.dtype)
             return 0
 
-        lax.fori_loop(0, plan.chunks, onward, 0)
+        lax.fori_loop(0, plan.chunks, onward, 0, unroll=plan.chunks <= 4)
         lax.fori_loop(0, plan.chunks, back, 0)
 
         @pl.when(step == pl.num_programs(2) - 1)
@@ -371,7 +377,7 @@ def backward(plan: Plan, q, k, v, log_decay, docs, saved, d_out, d_final):
     outputs += [] if tied else [("tokens", q.shape, dtype)]
     outputs += [("state", one, F32)]
     small = pltpu.VMEM((columns, LANES, LANES), F32)
-    scratch = [small, small, pltpu.VMEM((columns, plan.chunks, LANES, LANES), dtype), *mask_shapes(C)]
+    scratch = [small, small, pltpu.VMEM((columns, plan.chunks, LANES, LANES), dtype), *table_shapes(C, dtype)]
     dq, dv, dg, *dk, d_initial = call(
         plan, columns, body, inputs, outputs, scratch, q, reverse=True, name="linear_attention_backward"
     )
