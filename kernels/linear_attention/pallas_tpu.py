@@ -87,7 +87,10 @@ def plan_for(tokens, H, K, V, kind, dtype, interpret, q=None) -> scalar.Plan:
     generation = tiles.generation(tiles.target(q))
     size = tiles.table(kind)[generation]
     columns = -(-H // heads)
-    share = heads if kind in ("vector", "tied") else 1
+    share = (
+        heads if kind in ("vector", "tied") else 1
+    )  # two heads of 64, or products in six passes: columns of more work
+    share *= jnp.dtype(dtype).itemsize // 2
     chunks = -(-tokens // size.chunk)
     most = max(size.block // size.chunk * 2 // jnp.dtype(dtype).itemsize, 1)  # float32 fills memory twice as fast
     return scalar.Plan(
@@ -95,8 +98,8 @@ def plan_for(tokens, H, K, V, kind, dtype, interpret, q=None) -> scalar.Plan:
         heads=heads,
         chunk=size.chunk,
         chunks=-(-chunks // -(-chunks // most)),
-        columns=_divisor(columns, size.forward // share),
-        columns_backward=_divisor(columns, size.backward // share),
+        columns=_divisor(columns, max(size.forward // share, 1)),
+        columns_backward=_divisor(columns, max(size.backward // share, 1)),
         decay=kind == "scalar",
         memory=tiles.MEMORY[generation],
         interpret=interpret,

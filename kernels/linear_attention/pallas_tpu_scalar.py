@@ -22,6 +22,7 @@ from jax.experimental.pallas import tpu as pltpu
 
 F32 = jnp.float32
 LANES = 128
+ORDER = ("parallel", "parallel", "arbitrary")  # of the grid: batch, groups of columns, blocks
 UNROLLED = 8  # chunks of a block, at most, whose onward walk is one piece for the scheduler
 NN, NT, TN = (1, 0), (1, 1), (0, 0)  # which dimension of each operand a matrix product sums over
 DOCUMENT_ROWS = 8  # rows of the array that tells documents apart: see pallas_tpu._documents
@@ -204,9 +205,7 @@ def call(plan, columns, body, inputs, outputs, scratch, like, *, reverse, name):
         out_specs=[spec[kind] for kind, *_ in outputs],
         out_shape=shapes,
         scratch_shapes=scratch,
-        compiler_params=pltpu.CompilerParams(
-            dimension_semantics=("parallel", "parallel", "arbitrary"), vmem_limit_bytes=plan.memory
-        ),
+        compiler_params=pltpu.CompilerParams(dimension_semantics=ORDER, vmem_limit_bytes=plan.memory),
         interpret=plan.interpret,
         name=name,
     )(*[x for _, x in inputs])

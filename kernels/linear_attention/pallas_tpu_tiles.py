@@ -3,7 +3,7 @@
 chunk: tokens of a masked product; 256 fills the 256 x 256 matrix units from v6e on. block: tokens that one grid step
 reads; the forward pass leaves one state per block for the backward pass. columns: how many 128-lane columns one grid
 step works on, forward and backward: more give the scheduler more independent work, and cost on-chip memory and time to
-compile. A column of two heads is twice the work, so that with vector decay half as many do.
+compile. With two heads a column and vector decay, and in float32, half as many do.
 """
 
 from typing import NamedTuple

@@ -59,17 +59,12 @@ def fill_tables(C, masks, bits=None, later=None):
     for i, h in enumerate(levels_of(C)):
         meet = (row ^ col) // h == 1
         masks[i] = (meet if bits is not None else meet & (row > col)).astype(F32)
-    if bits is None:
-        return
-    later[...] = (col > row).astype(F32).astype(later.dtype)
-    words = bits.shape[1]
-    word, col = (lax.broadcasted_iota(jnp.int32, (words, C), d) for d in (0, 1))
-    for i, h in enumerate(levels_of(C)):
-        meet = lambda row, h=h: (row ^ col) // h == 1  # noqa: E731
-        if words == C:
-            bits[i] = jnp.where(meet(word), -1, 0)
-        else:
-            bits[i] = jnp.where(meet(2 * word), 0xFFFF, 0) | jnp.where(meet(2 * word + 1), -0x10000, 0)
+    if bits is not None:
+        later[...] = (col > row).astype(F32).astype(later.dtype)
+        first, last, ones = (row, row, (-1, -1)) if bits.shape[1] == C else (2 * row, 2 * row + 1, (0xFFFF, -0x10000))
+        for i, h in enumerate(levels_of(C)):
+            word = [jnp.where((r ^ col) // h == 1, one, 0) for r, one in zip((first, last), ones)]
+            bits[i] = (word[0] | word[1])[: bits.shape[1]]
 
 
 def kept(x, bits):
@@ -173,9 +168,8 @@ def head_sums(x, heads):
 
 def walk(q, k, v, a, state, masks, heads):
     """One chunk: (what queries read [C,128] float32, the state after). q, k, a float32; v in its own dtype."""
-    dtype = v.dtype
-    levels, C = gate_products(a), q.shape[0]
-    scores = [jnp.zeros((q.shape[0],) * 2, F32)] * heads
+    dtype, C, levels = v.dtype, q.shape[0], gate_products(a)
+    scores = [jnp.zeros((C, C), F32)] * heads
     for mask, (h, weight) in zip(range(len(levels_of(C))), levels):
         both = weighted(q, k, weight, h, dtype)
         for g in range(heads):
@@ -203,8 +197,7 @@ def walk_back(q, k, v, d_out, a, state, d_after, masks, bits, later, heads):
 
     state: before the chunk, in the dtype of v; d_after: gradient of the state after the chunk, float32.
     """
-    dtype, C = v.dtype, q.shape[0]
-    levels = gate_products(a)
+    dtype, C, levels = v.dtype, q.shape[0], gate_products(a)
     row, col = (lax.broadcasted_iota(jnp.int32, (C, C), d) for d in (0, 1))
     d_pairs = []  # gradient of the score of each pair, at [query, key] and, with a minus, at [key, query]
     for g in range(heads):
@@ -254,7 +247,7 @@ def walk_back(q, k, v, d_out, a, state, d_after, masks, bits, later, heads):
     return dq, dk, dv, d_log_gate, d_before
 
 
-def _start_column(docs_ref, c):
+def _starts(docs_ref, c):
     return None if docs_ref is None else docs_ref[0, c].T[:, STARTS : STARTS + 1]
 
 
@@ -289,7 +282,7 @@ def forward(plan: Plan, q, k, v, log_decay, initial, docs, *, save: bool):
 
         def chunk(c, _):
             rows = pl.ds(pl.multiple_of(c * C, C), C)
-            starts = _start_column(docs_ref, c)
+            starts = _starts(docs_ref, c)
             for w in range(columns):
                 at = (0, rows, pl.ds(w * LANES, LANES))
                 _, a, _, keys = gates_and_keys(g_ref[at], None if k is None else k_ref[at], starts)
@@ -348,7 +341,7 @@ def backward(plan: Plan, q, k, v, log_decay, docs, saved, d_out, d_final):
 
         def load(c, w):
             at = (0, pl.ds(pl.multiple_of(c * C, C), C), pl.ds(w * LANES, LANES))
-            starts = _start_column(docs_ref, c)
+            starts = _starts(docs_ref, c)
             return at, starts, gates_and_keys(g_ref[at], None if tied else k_ref[at], starts)
 
         def onward(c, _):
