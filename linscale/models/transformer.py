@@ -252,7 +252,7 @@ def loss(model: Model, params: dict, batch: dict) -> tuple[jax.Array, jax.Array]
     """
     hidden, _ = forward(model, params, batch["tokens"], batch["segment_ids"])
     head = sharding.gather({"head": output_head(params)})["head"]
-    nll = cross_entropy(hidden, head, batch["labels"], batch["weights"])
+    nll = cross_entropy(hidden, head, batch["labels"], batch["weights"], axes=sharding.AXES)
     return nll, jnp.sum(batch["weights"])
 
 
