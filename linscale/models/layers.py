@@ -11,6 +11,7 @@ from flax import nnx
 
 from linscale.config import Model
 from linscale.kernels import linear_attention, linear_attention_step
+from linscale.sharding import AXES, constrain
 
 EPSILON = 1e-6
 
@@ -50,7 +51,7 @@ class RMSNorm(nnx.Module):
 
 
 def split_heads(x_BTD: jax.Array, heads: int) -> jax.Array:
-    return x_BTD.reshape(*x_BTD.shape[:-1], heads, -1)
+    return constrain(x_BTD.reshape(*x_BTD.shape[:-1], heads, -1), "batch", "sequence", "heads", None)
 
 
 def merge_heads(x_BTHK: jax.Array) -> jax.Array:
@@ -67,7 +68,8 @@ class GatedLinearUnit(nnx.Module):
         self.activation = activation
 
     def __call__(self, x_BTD):
-        return self.down(self.up(x_BTD) * self.activation(self.gate(x_BTD)))
+        inner = self.up(x_BTD) * self.activation(self.gate(x_BTD))
+        return self.down(constrain(inner, "batch", "sequence", "ffn"))
 
 
 class LowRankGate(nnx.Module):
@@ -99,5 +101,6 @@ def attend(model: Model, q, k, v, *, state, segment_ids, log_decay=None, phase=N
         return out[:, None], state
     implementation = None if model.attention == "auto" else model.attention
     run = functools.partial(linear_attention, log_decay=log_decay, phase=phase, implementation=implementation)
+    run = functools.partial(run, axes=AXES if state is None else None)  # decoding is left to the partitioner
     out, after = run(q, k, v, initial_state=state, segment_ids=segment_ids)
     return out, None if state is None else after
