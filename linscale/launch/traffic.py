@@ -8,8 +8,24 @@ is what this schedule moves at least: tiles that a matrix product reads again ar
 from linscale.launch import hlo
 
 _NOTHING = frozenset(
-    "parameter constant tuple get-tuple-element bitcast while conditional call after-all partition-id replica-id "
-    "opt-barrier optimization-barrier add-dependency iota async-update".split()
+    [
+        "parameter",
+        "constant",
+        "tuple",
+        "get-tuple-element",
+        "bitcast",
+        "while",
+        "conditional",
+        "call",
+        "after-all",
+        "partition-id",
+        "replica-id",
+        "opt-barrier",
+        "optimization-barrier",
+        "add-dependency",
+        "iota",
+        "async-update",
+    ]
 )
 _SLICES = ("dynamic-slice", "slice", "gather")
 _PASSES = ("bitcast", "convert", "copy", "reshape")
