@@ -1,10 +1,12 @@
 """Operators of linscale. They import jax and numpy and nothing else of the project."""
 
+from linscale.kernels.axes import Axes
 from linscale.kernels.cross_entropy import cross_entropy
 from linscale.kernels.linear_attention import linear_attention, linear_attention_step
 from linscale.kernels.softmax_attention import softmax_attention
 
 __all__ = [
+    "Axes",
     "cross_entropy",
     "linear_attention",
     "linear_attention_step",

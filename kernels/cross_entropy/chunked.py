@@ -3,16 +3,25 @@
 A scan over slices of the token axis holds the logits of one slice at a time. The gradient is worked out in the same
 sweep as the loss, while the logits are at hand, so that they are computed once: 6 B T D V FLOPs for loss and gradient.
 
+Over a mesh every device sweeps its own tokens against its own part of the vocabulary. Of the logits only sums over the
+vocabulary and the label's entry are communicated, a few numbers a token; then the gradients, summed once.
+
 Letters: B batch, T tokens, D width, V vocabulary.
 """
+
+import functools
 
 import jax
 import jax.numpy as jnp
 
+from linscale.kernels.axes import Axes, mesh_for, over_mesh
+
 MAX_LOGITS = 2**27  # elements of float32 logits held at once: 512 MiB
 
 
-def cross_entropy(hidden: jax.Array, embedding: jax.Array, labels: jax.Array, weights: jax.Array) -> jax.Array:
+def cross_entropy(
+    hidden: jax.Array, embedding: jax.Array, labels: jax.Array, weights: jax.Array, *, axes: Axes | None = None
+) -> jax.Array:
     """Sum over tokens of weight times negative log-likelihood, in nats.
 
     Args:
@@ -20,12 +29,14 @@ def cross_entropy(hidden: jax.Array, embedding: jax.Array, labels: jax.Array, we
       embedding: [V,D] float32, the (tied) output embedding; its gradient is summed in float32.
       labels: [B,T] integers in [0, V).
       weights: [B,T] float32; 0 leaves a token out. Labels and weights are constants of the differentiation.
+      axes: how the mesh in context (jax.set_mesh) splits batch, tokens and vocabulary. None, or no mesh: one device's
+        work. The embedding may lie on the mesh in any way; each device gathers its part of the vocabulary.
 
     Returns:
       float32 scalar; divide by the sum of weights for nats per token.
 
     Raises:
-      ValueError: shapes that do not fit.
+      ValueError: shapes that do not fit; batch, tokens or vocabulary that do not divide over their mesh axes.
     """
     batch, tokens, width = hidden.shape
     for name, x, shape in (("labels", labels, (batch, tokens)), ("weights", weights, (batch, tokens))):
@@ -33,19 +44,19 @@ def cross_entropy(hidden: jax.Array, embedding: jax.Array, labels: jax.Array, we
             raise ValueError(f"{name} has shape {x.shape}; it must be {shape}.")
     if embedding.ndim != 2 or embedding.shape[1] != width:
         raise ValueError(f"embedding has shape {embedding.shape}; it must be (vocabulary, {width}).")
-    return _loss(hidden, embedding, labels, weights)
+    return _loss(axes, hidden, embedding, labels, weights)
 
 
-@jax.custom_vjp
-def _loss(hidden, embedding, labels, weights):
-    return _sweep(hidden, embedding, labels, weights, with_gradient=False)[0]
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _loss(axes, hidden, embedding, labels, weights):
+    return _over_devices(axes, hidden, embedding, labels, weights, with_gradient=False)[0]
 
 
-def _loss_forward(hidden, embedding, labels, weights):
-    return _sweep(hidden, embedding, labels, weights, with_gradient=True)
+def _loss_forward(axes, hidden, embedding, labels, weights):
+    return _over_devices(axes, hidden, embedding, labels, weights, with_gradient=True)
 
 
-def _loss_backward(gradients, d_loss):
+def _loss_backward(axes, gradients, d_loss):
     d_hidden, d_embedding = (g * d_loss.astype(g.dtype) for g in gradients)
     return d_hidden, d_embedding, None, None
 
@@ -53,17 +64,44 @@ def _loss_backward(gradients, d_loss):
 _loss.defvjp(_loss_forward, _loss_backward)
 
 
-def _sweep(hidden, embedding, labels, weights, with_gradient):
+def _over_devices(axes, hidden, embedding, labels, weights, with_gradient):
+    """(loss, (d_hidden, d_embedding) or None), on one device or over the mesh."""
+    low = embedding.astype(hidden.dtype)  # before it is gathered: half the bytes in bfloat16
+    arrays = {"hidden": hidden, "embedding": low, "labels": labels, "weights": weights}
+    mesh = mesh_for(axes)
+    if mesh is None:
+        loss, gradients = _sweep(**arrays, with_gradient=with_gradient)
+    else:
+        tokens_axes = (*axes.batch, axes.sequence)
+
+        def on_device(arrays):
+            loss, gradients = _sweep(**arrays, with_gradient=with_gradient, axis=axes.vocabulary)
+            loss = jax.lax.psum(loss, tokens_axes)
+            if not with_gradient:
+                return loss, None
+            d_hidden, d_embedding = gradients
+            return loss, (jax.lax.psum(d_hidden, axes.vocabulary), jax.lax.psum(d_embedding, tokens_axes))
+
+        dims = {"hidden": "BTD", "embedding": "VD", "labels": "BT", "weights": "BT"}
+        results = ("", ("BTD", "VD") if with_gradient else None)
+        loss, gradients = over_mesh(on_device, mesh, axes, arrays, dims, results)
+    if with_gradient:
+        gradients = gradients[0], gradients[1].astype(embedding.dtype)
+    return loss, gradients
+
+
+def _sweep(hidden, embedding, labels, weights, *, with_gradient, axis=None):
+    """axis: the mesh axis that splits the vocabulary, inside jax.shard_map; the gradient of hidden is then in parts."""
     batch, tokens, _ = hidden.shape
     vocabulary = embedding.shape[0]
     slices = min(tokens, -(-batch * tokens * vocabulary // MAX_LOGITS))
     size = -(-tokens // slices)
+    entries = jnp.arange(vocabulary) + (0 if axis is None else vocabulary * jax.lax.axis_index(axis))
 
     def to_slices(x):
         x = jnp.pad(x, [(0, 0), (0, slices * size - tokens)] + [(0, 0)] * (x.ndim - 2))
         return jnp.moveaxis(x.reshape(batch, slices, size, *x.shape[2:]), 1, 0)
 
-    low = embedding.astype(hidden.dtype)
     precision = "highest" if hidden.dtype != jnp.bfloat16 else None
 
     def product(spec, a, b):
@@ -72,18 +110,16 @@ def _sweep(hidden, embedding, labels, weights, with_gradient):
     def body(carry, x):
         loss, d_embedding = carry
         hidden_BTD, labels_BT, weights_BT = x
-        logits_BTV = product("btd,vd->btv", hidden_BTD, low)
-        log_sum_BT = jax.nn.logsumexp(logits_BTV, axis=-1)
-        # A comparison rather than a gather: it stays local when the vocabulary is sharded.
-        is_label_BTV = jnp.arange(vocabulary) == labels_BT[..., None]
-        nll_BT = log_sum_BT - jnp.sum(jnp.where(is_label_BTV, logits_BTV, 0), axis=-1)
-        loss += jnp.sum(jnp.where(weights_BT != 0, weights_BT * nll_BT, 0))
+        logits_BTV = product("btd,vd->btv", hidden_BTD, embedding)
+        is_label_BTV = entries == labels_BT[..., None]  # a gather would not know entries of other devices
+        log_sum_BT, label_BT = _over_vocabulary(logits_BTV, is_label_BTV, axis)
+        loss += jnp.sum(jnp.where(weights_BT != 0, weights_BT * (log_sum_BT - label_BT), 0))
         if not with_gradient:
             return (loss, None), None
         d_logits_BTV = (jnp.exp(logits_BTV - log_sum_BT[..., None]) - is_label_BTV) * weights_BT[..., None]
         d_logits_BTV = d_logits_BTV.astype(hidden.dtype)
         d_embedding += product("btv,btd->vd", d_logits_BTV, hidden_BTD)
-        return (loss, d_embedding), product("btv,vd->btd", d_logits_BTV, low).astype(hidden.dtype)
+        return (loss, d_embedding), product("btv,vd->btd", d_logits_BTV, embedding).astype(hidden.dtype)
 
     zero = jnp.zeros(embedding.shape, jnp.float32) if with_gradient else None
     xs = tuple(map(to_slices, (hidden, labels, weights)))
@@ -91,4 +127,15 @@ def _sweep(hidden, embedding, labels, weights, with_gradient):
     if not with_gradient:
         return loss, None
     d_hidden = jnp.moveaxis(d_hidden, 0, 1).reshape(batch, slices * size, -1)[:, :tokens]
-    return loss, (d_hidden, d_embedding.astype(embedding.dtype))
+    return loss, (d_hidden, d_embedding)
+
+
+def _over_vocabulary(logits_BTV, is_label_BTV, axis):
+    """The log of the sum of exponentials and the label's logit, both [B,T], of the vocabulary on all devices."""
+    label_BT = jnp.sum(jnp.where(is_label_BTV, logits_BTV, 0), axis=-1)
+    if axis is None:
+        return jax.nn.logsumexp(logits_BTV, axis=-1), label_BT
+    greatest_BT = jax.lax.pmax(jnp.max(logits_BTV, axis=-1), axis)
+    sum_BT = jnp.sum(jnp.exp(logits_BTV - greatest_BT[..., None]), axis=-1)
+    sum_BT, label_BT = jax.lax.psum((sum_BT, label_BT), axis)
+    return greatest_BT + jnp.log(sum_BT), label_BT

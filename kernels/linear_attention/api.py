@@ -9,7 +9,8 @@ import logging
 import jax
 import jax.numpy as jnp
 
-from linscale.kernels.linear_attention import chunked, pallas_gpu, pallas_tpu, reference
+from linscale.kernels.axes import Axes, mesh_for
+from linscale.kernels.linear_attention import chunked, context_parallel, pallas_gpu, pallas_tpu, reference
 
 _IMPLEMENTATIONS = {
     "scan": reference.scan,
@@ -32,6 +33,7 @@ def linear_attention(
     initial_state: jax.Array | None = None,
     segment_ids: jax.Array | None = None,
     implementation: str | None = None,
+    axes: Axes | None = None,
 ) -> tuple[jax.Array, jax.Array]:
     r"""Causal linear attention: S_t = diag(a_t) S_{t-1} + k_t v_t^T and o_t = S_t^T q_t, without scaling of q k.
 
@@ -53,6 +55,9 @@ def linear_attention(
         products over chunks in XLA, any device), "pallas_gpu" (Hopper GPUs, bfloat16, 64 or 128 channels) or "pallas_tpu"
         (TPUs, 64 or 128 channels) forces one. Which device the program is for is told by the mesh in context or the
         default backend, so that programs compiled ahead of time for another machine choose as that machine would.
+      axes: how the mesh in context (jax.set_mesh) splits batch, tokens and heads; every device runs an implementation on
+        its own part. Devices of the sequence axis exchange states alone, [B,H,K,V] ([B,H,2K,V] with phase) log2(n) + 1
+        times, forward and backward, and documents may cross from one to the next. None, or no mesh: one device's work.
 
     Returns:
       out [B,T,H,V] in the dtype of v, and the state after the last token, float32. With phase the state is
@@ -60,9 +65,13 @@ def linear_attention(
       token, so that no position need be remembered.
 
     Raises:
-      ValueError: shapes or dtypes that do not fit, phase with log_decay, an implementation that cannot serve.
+      ValueError: shapes or dtypes that do not fit, phase with log_decay, an implementation that cannot serve,
+        batch, tokens or heads that do not divide over their mesh axes.
     """
     _check(q, k, v, log_decay, phase, initial_state, segment_ids)
+    if (mesh := mesh_for(axes)) is not None:
+        local = functools.partial(linear_attention, implementation=implementation)
+        return context_parallel.sharded(mesh, axes, local, q, k, v, log_decay, phase, initial_state, segment_ids)
     if implementation is not None and implementation not in _IMPLEMENTATIONS:
         known = ", ".join(repr(n) for n in _IMPLEMENTATIONS)
         raise ValueError(f"implementation={implementation!r} is unknown; it must be None or one of {known}.")

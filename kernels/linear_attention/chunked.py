@@ -120,12 +120,12 @@ def _span(inputs, constants, state, fixed):
         advance = lambda s, a: a[..., None] * s  # noqa: E731
     elif "phase" in constants:
         inside, q_in, k_out, decay = _phase(q, heads_first, constants["phase"], fixed, dtype)
-        advance = _turn
+        advance = turn
     else:
         inside, q_in, k_out, decay = _scalar_decay(q, heads_first, constants.get("log_decay"), fixed, dtype)
         advance = lambda s, a: a[..., None, None] * s  # noqa: E731
 
-    updates = _product("bhnck,bhncv->bhnkv", k_out, v, dtype)
+    updates = product("bhnck,bhncv->bhnkv", k_out, v, dtype)
 
     def body(state, x):
         decay, update = x
@@ -133,7 +133,7 @@ def _span(inputs, constants, state, fixed):
 
     per_chunk = jax.tree.map(lambda x: jnp.moveaxis(x, 2, 0), (decay, updates))
     state, before = _scan(body, state, per_chunk)
-    out = inside + _product("bhnck,nbhkv->bhncv", q_in, before, dtype)
+    out = inside + product("bhnck,nbhkv->bhncv", q_in, before, dtype)
     return jnp.moveaxis(out.astype(dtype), 1, 3), state
 
 
@@ -151,8 +151,8 @@ def _scalar_decay(q, x, log_decay, fixed, dtype):
     mask = jnp.exp(rate[:, None, None] * jnp.maximum(ages, 0)) * (ages >= 0)  # [H,C,C]
     same, reads_state, reaches_end, survives = _documents(q, fixed)
     k = x["k"]
-    scores = _product("bhnck,bhndk->bhncd", q, k, dtype) * mask[:, None] * same
-    inside = _product("bhncd,bhndv->bhncv", scores, x["v"], dtype)
+    scores = product("bhnck,bhndk->bhncd", q, k, dtype) * mask[:, None] * same
+    inside = product("bhncd,bhndv->bhncv", scores, x["v"], dtype)
     q_in = q * jnp.exp(rate[:, None] * (i + 1))[:, None, :, None] * reads_state
     k_out = k * jnp.exp(rate[:, None, None] * to_end)[..., None] * reaches_end
     decay = jnp.exp(rate[:, None] * fixed["lengths"]) * survives  # [B,H,N]
@@ -171,17 +171,18 @@ def _phase(q, x, phase, fixed, dtype):
         angle = angle if positions.ndim == 2 else angle[:, None]
         return jnp.concatenate([x * jnp.cos(angle), sign * x * jnp.sin(angle)], axis=-1)
 
-    scores = _product("bhnck,bhndk->bhncd", features(q, i), features(k, i), dtype)
-    inside = _product("bhncd,bhndv->bhncv", scores * (ages >= 0) * same, x["v"], dtype)
+    scores = product("bhnck,bhndk->bhncd", features(q, i), features(k, i), dtype)
+    inside = product("bhncd,bhndv->bhncv", scores * (ages >= 0) * same, x["v"], dtype)
     q_in = features(q, i + 1, sign=-1.0) * reads_state
     k_out = features(k, to_end) * reaches_end
     angle = fixed["lengths"][:, None] * theta[:, None]  # [H,N,K]
-    turn = jnp.stack([jnp.cos(angle), jnp.sin(angle)], axis=-1) * survives[..., None, None]
-    return inside, q_in, k_out, jnp.broadcast_to(turn, (*q.shape[:3], *turn.shape[-2:]))
+    across = jnp.stack([jnp.cos(angle), jnp.sin(angle)], axis=-1) * survives[..., None, None]
+    return inside, q_in, k_out, jnp.broadcast_to(across, (*q.shape[:3], *across.shape[-2:]))
 
 
-def _turn(state, turn):
-    cos, sin = turn[..., 0, None], turn[..., 1, None]
+def turn(state, angle):
+    """A state of a phase [B,H,2K,V], turned by an angle given as its cosine and sine [B,H,K,2]."""
+    cos, sin = angle[..., 0, None], angle[..., 1, None]
     even, odd = jnp.split(state, 2, axis=2)
     return jnp.concatenate([cos * even - sin * odd, sin * even + cos * odd], axis=2)
 
@@ -205,23 +206,23 @@ def _vector_decay(q, x, fixed, dtype):
     inside = None
     while half < chunk:
         if half == tile:
-            inside = _product("bhncij,bhncjv->bhnciv", scores, blocks(v, tile), dtype)
+            inside = product("bhncij,bhncjv->bhnciv", scores, blocks(v, tile), dtype)
         queries, keys = q * jnp.exp(to_token), k * jnp.exp(after_token)
         if half < tile:
             upper, block = (i // half) % 2 == 1, i // (2 * half)
             crosses = upper[:, None] & ~upper & (block[:, None] == block)
-            level = _product("bhncik,bhncjk->bhncij", blocks(queries, tile), blocks(keys, tile), dtype)
+            level = product("bhncik,bhncjk->bhncij", blocks(queries, tile), blocks(keys, tile), dtype)
             scores = scores + level * crosses
         else:
             queries, keys = blocks(queries, 2 * half)[..., half:, :], blocks(keys, 2 * half)[..., :half, :]
-            level = _product("bhncik,bhncjk->bhncij", queries, keys, dtype)
-            read = _product("bhncij,bhncjv->bhnciv", level, blocks(v, 2 * half)[..., :half, :], dtype)
+            level = product("bhncik,bhncjk->bhncij", queries, keys, dtype)
+            read = product("bhncij,bhncjv->bhnciv", level, blocks(v, 2 * half)[..., :half, :], dtype)
             inside = blocks(inside.reshape(v.shape), 2 * half)
             inside = jnp.concatenate([inside[..., :half, :], inside[..., half:, :] + read], axis=-2)
         to_token, after_token = _join_halves(blocks(to_token, 2 * half), blocks(after_token, 2 * half), q.shape)
         half *= 2
     if inside is None:  # the chunk is one tile
-        inside = _product("bhncij,bhncjv->bhnciv", scores, blocks(v, tile), dtype)
+        inside = product("bhncij,bhncjv->bhnciv", scores, blocks(v, tile), dtype)
     return inside.reshape(v.shape), q * jnp.exp(to_token), k * jnp.exp(after_token), jnp.exp(to_token[..., -1, :])
 
 
@@ -258,7 +259,7 @@ def _documents(q, fixed):
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 3))
-def _product(spec, a, b, dtype):
+def product(spec, a, b, dtype):
     """einsum of a and b rounded to `dtype`, summed in their own dtype, at least float32; cotangents are rounded alike."""
     return _product_forward(spec, a, b, dtype)[0]
 
@@ -275,7 +276,7 @@ def _product_backward(spec, dtype, residuals, d_out):
     return _einsum(f"{of_out},{of_b}->{of_a}", d_out, b), _einsum(f"{of_a},{of_out}->{of_b}", a, d_out)
 
 
-_product.defvjp(_product_forward, _product_backward)
+product.defvjp(_product_forward, _product_backward)
 
 
 def _einsum(spec, a, b):
