@@ -6,8 +6,11 @@ devices is read from that, and everything that the code of a device decides (tem
 """
 
 import dataclasses
+import math
 import os
 import re
+import tempfile
+from pathlib import Path
 
 from linscale.config import ConfigError
 from linscale.launch import hardware
@@ -93,3 +96,80 @@ def overflow(error: Exception, arguments: int) -> Memory | None:
 
 def _bytes(found: re.Match) -> int:
     return int(float(found.group(1)) * _UNITS[found.group(2)])
+
+
+@dataclasses.dataclass(frozen=True)
+class Program:
+    """The train step of a config, traced and lowered for a mesh."""
+
+    mesh: object  # jax.sharding.Mesh
+    state: object  # abstract TrainState with its shardings
+    batch: dict
+    traced: object  # jax.stages.Traced
+
+
+def program(config, devices: list) -> Program:
+    import functools
+
+    import jax
+    import jax.numpy as jnp
+
+    from linscale import sharding
+    from linscale.training import step
+
+    mesh = sharding.make_mesh(config.mesh, devices)
+    with jax.set_mesh(mesh):
+        state = jax.eval_shape(functools.partial(step.init, config))
+        where = sharding.shardings(mesh, state)
+        state = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), state, where)
+        kinds = {"tokens": jnp.int32, "labels": jnp.int32, "segment_ids": jnp.int32, "weights": jnp.float32}
+        batch = {
+            n: jax.ShapeDtypeStruct((config.train.batch, config.train.sequence), k, sharding=sharding.of_batch(mesh))
+            for n, k in kinds.items()
+        }
+        traced = jax.jit(
+            functools.partial(step.train_step, config),
+            donate_argnums=0,
+            out_shardings=(where, sharding.replicated(mesh)),
+        ).trace(state, batch)
+    return Program(mesh, state, batch, traced)
+
+
+@dataclasses.dataclass(frozen=True)
+class Sizes:
+    """Bytes on a device."""
+
+    parameters: int
+    state: int  # parameters, moments and the rest
+    batch: int
+
+
+def sizes(program: Program) -> Sizes:
+    """Exact, from the shardings. What lies in the host's memory is not counted."""
+    return Sizes(_local(program.state.params), _local(program.state), _local(program.batch))
+
+
+def _local(tree) -> int:
+    import jax
+
+    return sum(
+        math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize
+        for x in jax.tree.leaves(tree)
+        if x.sharding.memory_kind in (None, "device")
+    )
+
+
+def partitioned(lowered) -> str:
+    """The HLO of one device's program, as it leaves the partitioner and before a backend changes it."""
+    with tempfile.TemporaryDirectory() as folder:
+        lowered.compile(
+            compiler_options={
+                "xla_dump_to": folder,
+                "xla_dump_hlo_pass_re": "spmd-partitioning",
+                "xla_dump_hlo_as_text": True,
+            }
+        )
+        files = sorted(Path(folder).glob("*after_spmd-partitioning*.txt"))
+        if not files:
+            raise RuntimeError("this jax writes no module after its pass spmd-partitioning")
+        return files[-1].read_text()

@@ -48,8 +48,12 @@ class Collective:
         return self.runs * self.operand * _SENT[self.kind](self.group) if self.group > 1 else 0.0
 
 
-def collectives(module: hlo.Module, mesh: dict[str, int]) -> list[Collective]:
-    """mesh: axis -> size, in the order of the mesh; the program's partitions are numbered in that order."""
+def collectives(module: hlo.Module, mesh: dict[str, int], scatters: bool = False) -> list[Collective]:
+    """mesh: axis -> size, in the order of the mesh; the program's partitions are numbered in that order.
+
+    scatters: an all-reduce of which each device keeps its own slice alone counts as the reduce-scatter that a later pass
+    of the compiler makes of it; for programs that are only partitioned.
+    """
     names, sizes = tuple(mesh), tuple(mesh.values())
     out = []
     for one, computation, runs in module.instructions():
@@ -62,8 +66,11 @@ def collectives(module: hlo.Module, mesh: dict[str, int]) -> list[Collective]:
             groups = pairs(one)
         else:
             groups = replica_groups(one, math.prod(sizes))
-        if kind == "all-reduce" and "all-reduce-scatter" in computation.name:  # TPU: one fusion that keeps only
-            kind = "reduce-scatter"  # the device's own part
+        # TPU programs have one fusion for the two
+        if kind == "all-reduce" and (
+            "all-reduce-scatter" in computation.name or (scatters and _sliced(one, computation))
+        ):
+            kind = "reduce-scatter"
         varying = [_varying(group, sizes) for group in groups if len(set(group)) > 1]
         axes = tuple(name for i, name in enumerate(names) if any(i in v for v in varying))
         found = re.search(r'op_name="((?:[^"\\]|\\.)*)"', one.attributes)
@@ -80,6 +87,20 @@ def by_axis(found: list[Collective]) -> dict[str, float]:
         if one.sent:
             out["+".join(one.axes)] += one.sent
     return dict(out)
+
+
+def by_kind(found: list[Collective]) -> dict[str, float]:
+    """'fsdp all-gather' -> bytes that a device sends in a run of the program."""
+    out = collections.Counter()
+    for one in found:
+        if one.sent:
+            out[f"{'+'.join(one.axes)} {one.kind}"] += one.sent
+    return dict(out)
+
+
+def _sliced(one: hlo.Instruction, computation: hlo.Computation) -> bool:
+    users = [user for user in computation.values() if one.name in user.operands]
+    return bool(users) and all(user.opcode == "dynamic-slice" for user in users)
 
 
 def replica_groups(one: hlo.Instruction, devices: int) -> list[tuple[int, ...]]:

@@ -5,13 +5,14 @@ Bytes and seconds are those of one device and one optimizer step, all micro-batc
 """
 
 import dataclasses
-import math
 import time
 
 import jax
 
+from linscale import models, sharding
 from linscale.config import Config
 from linscale.launch import ahead, communication, estimate, hardware, hlo, operations, roofline, traffic
+from linscale.launch import search as nearby
 from linscale.scaling import flops
 
 
@@ -58,24 +59,24 @@ def make(config: Config, topology: hardware.Topology, devices: list, mesh_sizes:
     began = time.perf_counter()
     tpu = topology.chip.maker == "tpu"
     program = ahead.program(config, devices)
-    sizes = ahead.state_bytes(program.state)
+    sizes = ahead.sizes(program)
     flops_ = config.tokens_per_step * flops.flops_per_token(config.model, config.train.sequence)
     notes, text, memory = [], None, None
     if tpu:
         try:
-            compiled = program.lowered.compile()
+            compiled = program.traced.lower().compile()
             text, memory = compiled.as_text(), ahead.memory_of(compiled)
         except jax.errors.JaxRuntimeError as error:
             memory = ahead.overflow(error, sizes.state + sizes.batch)
             if memory is None:
                 raise
     else:
-        text = ahead.partitioned(program.lowered)
+        text = ahead.partitioned(program.traced.lower())
         temporaries = int(estimate.temporary_bytes(config, mesh_sizes, sizes.parameters))
         arguments = sizes.state + sizes.batch
         memory = ahead.Memory(arguments, temporaries, arguments + temporaries)
 
-    hardware_flops = operations.matrix_flops(program.jaxpr)
+    hardware_flops = operations.matrix_flops(program.traced.jaxpr)
     sent, kinds, moved, bound = {}, {}, 0.0, None
     if text is not None:
         module = hlo.parse(text)
@@ -129,5 +130,32 @@ def as_json(plan: Plan) -> dict:
     return out
 
 
-def size_of(mesh: dict[str, int]) -> int:
-    return math.prod(mesh.values())
+def search(config: Config, topology: hardware.Topology, tries: int, tell=lambda sentence: None) -> list[Plan]:
+    """Plans in the order of the tries; the last one fits, or none does. ConfigError for what cannot work, before any
+    compile."""
+    config = dataclasses.replace(config, model=dataclasses.replace(config.model, dtype=_dtype(config)))
+    mesh = sharding.sizes(config.mesh, topology.devices)
+    sharding.check(config, topology.devices)
+    models.validate(config.model)
+    devices = ahead.devices(topology)
+
+    def attempt(config: Config, mesh: dict[str, int]) -> Plan:
+        tell(
+            f"compiling for {topology.name}: mesh {mesh}, accumulation {config.train.accumulation}, remat {config.model.remat}"
+        )
+        return make(config, topology, devices, mesh)
+
+    def estimated(config: Config, mesh: dict[str, int]) -> float:
+        parameters = flops.count_parameters(config.model).total
+        state = 12 * parameters / (mesh["fsdp"] * mesh["tensor"])
+        return state + estimate.temporary_bytes(config, mesh, state / 3)
+
+    return nearby.nearest(config, mesh, attempt, estimated, topology.chip.hbm, tries)
+
+
+def _dtype(config: Config) -> str:
+    return "bfloat16" if config.model.dtype == "auto" else config.model.dtype
+
+
+def changes(before: Plan, after: Plan) -> dict[str, object]:
+    return nearby.changes(before.config, before.mesh, after.config, after.mesh)
