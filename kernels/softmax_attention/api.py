@@ -9,6 +9,8 @@ import logging
 import jax
 import jax.numpy as jnp
 
+from linscale.kernels.axes import Axes, mesh_for
+from linscale.kernels.softmax_attention import blockwise
 from linscale.kernels.softmax_attention.cudnn_packed import packed_attention, serves_packed
 
 _log = logging.getLogger("linscale.kernels")
@@ -23,6 +25,7 @@ def softmax_attention(
     offset: jax.Array | int | None = None,
     start: jax.Array | None = None,
     implementation: str | None = None,
+    axes: Axes | None = None,
 ) -> jax.Array:
     """softmax(q k^T / sqrt(K)) v over the keys up to each query's own position.
 
@@ -33,12 +36,16 @@ def softmax_attention(
       start: [B] integers; row b does not see keys before start[b], which are padding on its left. Only with offset.
       implementation: "xla", "cudnn", or None: cuDNN on GPUs with bfloat16, XLA elsewhere. Documents are
         packed without a mask on Hopper and later, a [B,1,T,T] mask before.
+      axes: how the mesh in context (jax.set_mesh) splits batch, tokens and heads. Along the sequence axis keys and
+        values are gathered and a block of queries at a time meets all of them, in XLA and with memory linear in S; the
+        causal half that is masked is computed too. None, or no mesh: one device's work. Not with offset.
 
     Returns:
       [B,T,H,K] in the dtype of q.
 
     Raises:
-      ValueError: shapes that do not fit, segment_ids with offset, start without offset.
+      ValueError: shapes that do not fit, segment_ids or axes with offset, start without offset;
+        batch, tokens or heads that do not divide over their mesh axes.
     """
     if k.shape != v.shape or q.shape[::2] != k.shape[::2] or q.shape[3] != k.shape[3]:
         raise ValueError(
@@ -50,6 +57,19 @@ def softmax_attention(
         raise ValueError("segment_ids and offset are both given; give one of them.")
     if start is not None and offset is None:
         raise ValueError("start is given without offset; it belongs to decoding with a cache.")
+    mesh = mesh_for(axes)
+    if mesh is not None:
+        if offset is not None:
+            raise ValueError("axes and offset are both given; decoding with a cache is left to the partitioner.")
+        if mesh.shape[axes.sequence] > 1:
+            if implementation not in (None, "xla"):
+                raise ValueError(
+                    f"implementation={implementation!r} cannot serve a sequence axis of {mesh.shape[axes.sequence]}; "
+                    "None or 'xla' can."
+                )
+            _announce("blockwise xla over gathered keys")
+        local = functools.partial(softmax_attention, implementation=implementation)
+        return blockwise.sharded(mesh, axes, local, q, k, v, segment_ids)
     if implementation is None:
         on_gpu = jax.default_backend() == "gpu" and q.dtype == jnp.bfloat16 and q.shape[3] % 8 == 0
         implementation = "cudnn" if on_gpu and offset is None else "xla"

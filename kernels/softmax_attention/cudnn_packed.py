@@ -13,8 +13,9 @@ import functools
 import jax
 import jax.numpy as jnp
 
+from linscale.kernels.softmax_attention.blockwise import blockwise
+
 MAX_DOCUMENTS = 64  # a row; more is exact and slow
-_QUERY_BLOCK = 256  # queries whose mask exists at one time in the slow form
 
 
 def serves_packed() -> bool:
@@ -29,7 +30,7 @@ def packed_attention(q, k, v, segment_ids, max_documents: int = MAX_DOCUMENTS):
     return jax.lax.cond(
         fits,
         lambda: _cudnn(q, k, v, starts_BM, lengths_BM),
-        lambda: blockwise(q, k, v, segment_ids),
+        lambda: blockwise(q, k, v, segment_ids, segment_ids),
     )
 
 
@@ -63,26 +64,3 @@ def _cudnn(q, k, v, starts_BM, lengths_BM):
         scale=q.shape[-1] ** -0.5,
         mask_type=cudnn.MaskType.PADDING_CAUSAL,
     )
-
-
-def blockwise(q, k, v, segment_ids):
-    """The same by XLA, a block of queries at a time, recomputed in the backward: memory is linear in T."""
-    tokens = q.shape[1]
-    size = min(_QUERY_BLOCK, tokens)
-    padded = -(-tokens // size) * size
-
-    def to_blocks(x):
-        x = jnp.pad(x, [(0, 0), (0, padded - tokens)] + [(0, 0)] * (x.ndim - 2))
-        return jnp.moveaxis(x.reshape(x.shape[0], -1, size, *x.shape[2:]), 1, 0)
-
-    @jax.checkpoint
-    def block(x):
-        q_BCHK, ids_BC, first = x
-        causal = jnp.arange(tokens) <= first + jnp.arange(size)[:, None]
-        mask = causal & (ids_BC[:, :, None] == segment_ids[:, None, :])
-        # A padding query may see no key: it must see one, or its softmax and gradient are not numbers.
-        mask |= (jnp.arange(tokens) == 0) & ~mask.any(axis=-1, keepdims=True)
-        return jax.nn.dot_product_attention(q_BCHK, k, v, mask=mask[:, None], implementation="xla")
-
-    out = jax.lax.map(block, (to_blocks(q), to_blocks(segment_ids), jnp.arange(0, padded, size)))
-    return jnp.moveaxis(out, 0, 1).reshape(q.shape[0], padded, *q.shape[2:])[:, :tokens]

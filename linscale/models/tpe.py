@@ -7,6 +7,7 @@ which is a causal Toeplitz product with coefficients T_m = sum_k C_k (1 - lambda
 one time scale a state, spaced geometrically from 1/4 to 4096 tokens; C starts near the identity (fastest state 1).
 
 Worked out in chunks: inside a chunk as a short convolution, between chunks by the state; no state per token is stored.
+Devices of a mesh that hold spans of the tokens hand on the state alone.
 
 Letters: B batch, T tokens, N chunks, P tokens of a chunk, D width, E states of a channel.
 """
@@ -19,6 +20,8 @@ import numpy as np
 from flax import nnx
 
 from linscale.config import Model
+from linscale.kernels.axes import Axes, mesh_for, over_mesh
+from linscale.kernels.handing_on import documents, hand_on
 
 CHUNK = 16
 SPAN = 32  # chunks between stored states
@@ -46,9 +49,43 @@ def decays(states: int) -> np.ndarray:
     return np.exp(-1 / np.geomspace(0.25, 4096, states))
 
 
-def toeplitz(x_BTD, coefficients_DE, state_BDE, segment_ids=None):
+def toeplitz(x_BTD, coefficients_DE, state_BDE, segment_ids=None, *, axes: Axes | None = None):
     """All float32 -> (y [B,T,D], the state after the last token). A document starts where the segment id changes; the
-    first one continues the given state."""
+    first one continues the given state. axes: how the mesh in context splits batch and tokens, see `linear_attention`."""
+    mesh = mesh_for(axes)
+    if mesh is None:
+        return _on_device(x_BTD, coefficients_DE, state_BDE, segment_ids)
+
+    def span(arrays):
+        x_BTD, coefficients_DE, state_BDE, segment_ids = arrays.values()
+        if mesh.shape[axes.sequence] == 1:
+            return _on_device(x_BTD, coefficients_DE, state_BDE, segment_ids)
+        before_BDE, after_BDE = _states(x_BTD, state_BDE, segment_ids, axes.sequence)
+        return _on_device(x_BTD, coefficients_DE, before_BDE, segment_ids)[0], after_BDE
+
+    arrays = {"x": x_BTD, "coefficients": coefficients_DE, "state": state_BDE, "segment_ids": segment_ids}
+    dims = {"x": "BTD", "coefficients": "DE", "state": "BDE", "segment_ids": "BT"}
+    return over_mesh(span, mesh, axes, arrays, dims, ("BTD", "BDE"))
+
+
+def _states(x_BTD, initial_BDE, segment_ids, axis):
+    """The state before this device's span of the tokens, and after the last one."""
+    tokens, states = x_BTD.shape[1], initial_BDE.shape[2]
+    lam = decays(states)
+    age_T = jnp.arange(tokens - 1, -1, -1, dtype=jnp.float32)
+    carry_out_TE = jnp.asarray(1 - lam, jnp.float32) * jnp.exp(age_T[:, None] * jnp.asarray(np.log(lam), jnp.float32))
+    across_BDE = jnp.asarray(lam**tokens, jnp.float32)[None, None]
+    begins_B = None
+    if segment_ids is not None:
+        begins_B, reaches_BT, survives_B = documents(segment_ids, axis)
+        x_BTD = x_BTD * reaches_BT[..., None]
+        across_BDE = across_BDE * survives_B[:, None, None]
+    added_BDE = jnp.einsum("te,btd->bde", carry_out_TE, x_BTD, precision="highest")
+    before, after = hand_on(added_BDE, across_BDE, initial_BDE, axis, jnp.multiply, jnp.multiply)
+    return before if begins_B is None else jnp.where(begins_B[:, None, None], 0, before), after
+
+
+def _on_device(x_BTD, coefficients_DE, state_BDE, segment_ids):
     batch, tokens, width = x_BTD.shape
     chunk = min(CHUNK, tokens)
     chunks = -(-tokens // chunk)
@@ -60,27 +97,25 @@ def toeplitz(x_BTD, coefficients_DE, state_BDE, segment_ids=None):
     taps_PD = einsum("pe,de->pd", jnp.asarray((1 - lam) * lam ** i[:, None], jnp.float32), coefficients_DE)
     carry_in_PE = jnp.asarray(lam ** (i[:, None] + 1), jnp.float32)
 
+    log_lam_E = jnp.asarray(np.log(lam), jnp.float32)
     lengths = np.clip(tokens - chunk * np.arange(chunks), 0, chunk)
-    to_end = lengths[:, None] - 1 - i  # negative on padding
-    carry_out_NPE = np.where(to_end[..., None] >= 0, (1 - lam) * lam ** np.maximum(to_end, 0)[..., None], 0)
-    across_NE = lam ** lengths[:, None]
 
-    def to_spans(x, axis=1, **pad):
-        """Splits an axis of tokens (padded) or of chunks into [spans, ..., chunks, ...] with spans in front."""
-        if axis == 1:
-            x = jnp.pad(x, [(0, 0), (0, chunks * chunk - tokens)] + [(0, 0)] * (x.ndim - 2), **pad)
-            x = x.reshape(batch, spans, chunks // spans, chunk, *x.shape[2:])
-            return jnp.moveaxis(x, (1, 2), (0, 1))
-        return jnp.asarray(x, jnp.float32).reshape(spans, chunks // spans, *x.shape[1:])
+    def to_spans(x, **pad):
+        """[B,T,...] -> [spans, chunks of a span, B, P, ...], padded at the end."""
+        x = jnp.pad(x, [(0, 0), (0, chunks * chunk - tokens)] + [(0, 0)] * (x.ndim - 2), **pad)
+        x = x.reshape(batch, spans, chunks // spans, chunk, *x.shape[2:])
+        return jnp.moveaxis(x, (1, 2), (0, 1))
 
     starts = jnp.zeros((batch, tokens), bool)
     if segment_ids is not None:
         starts = jnp.pad(segment_ids[:, 1:] != segment_ids[:, :-1], ((0, 0), (1, 0)))
     begun = to_spans(jnp.cumsum(starts, axis=1), mode="edge")
-    xs = (to_spans(x_BTD), begun, to_spans(starts), to_spans(carry_out_NPE, 0), to_spans(across_NE, 0))
+    xs = (to_spans(x_BTD), begun, to_spans(starts), jnp.asarray(lengths).reshape(spans, -1))
 
     def one_chunk(state_BDE, x):
-        x_BPD, begun_BP, starts_BP, carry_out_PE, across_E = x
+        x_BPD, begun_BP, starts_BP, length = x
+        to_end_P = jnp.maximum(length - 1 - i, 0)  # padded x are zero: any finite weight will do
+        carry_out_PE = jnp.asarray(1 - lam, jnp.float32) * jnp.exp(to_end_P[:, None] * log_lam_E)
         y_BPD = jnp.zeros_like(x_BPD)
         for lag in range(chunk):  # the convolution inside the chunk, fused by XLA into one loop
             same = begun_BP[:, lag:] == begun_BP[:, : chunk - lag]
@@ -92,7 +127,7 @@ def toeplitz(x_BTD, coefficients_DE, state_BDE, segment_ids=None):
         reaches = begun_BP == begun_BP[:, -1:]
         survives = (before_B == begun_BP[:, -1])[:, None, None]
         new = einsum("pe,bpd->bde", carry_out_PE, x_BPD * reaches[..., None])
-        return state_BDE * across_E * survives + new, y_BPD
+        return state_BDE * jnp.exp(length * log_lam_E) * survives + new, y_BPD
 
     state, y = jax.lax.scan(jax.checkpoint(lambda s, x: jax.lax.scan(one_chunk, s, x)), state_BDE, xs)
     y = jnp.moveaxis(y, 2, 0).reshape(batch, chunks * chunk, width)  # from [spans,N,B,P,D]

@@ -1,12 +1,14 @@
 """Softmax attention against a float64 sum over keys, with documents, and with a cache."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from linscale.kernels import softmax_attention
-from linscale.kernels.softmax_attention import cudnn_packed
+from linscale.kernels.softmax_attention import blockwise, cudnn_packed
 
 
 def reference(q, k, v, ids=None, offset=0):
@@ -55,17 +57,18 @@ def test_document_table_names_starts_and_lengths():
 
 
 def test_blocks_of_queries_equal_the_sum(monkeypatch):
-    monkeypatch.setattr(cudnn_packed, "_QUERY_BLOCK", 16)
+    monkeypatch.setattr(blockwise, "_QUERY_BLOCK", 16)
     rng = np.random.default_rng(3)
     q, k, v = rng.normal(size=(3, 2, 37, 3, 8))
     ids = np.cumsum(rng.random((2, 37)) < 0.1, axis=1)
-    got = cudnn_packed.blockwise(*map(jnp.float32, (q, k, v)), jnp.array(ids))
+    attend = functools.partial(blockwise.blockwise, query_ids=jnp.array(ids), key_ids=jnp.array(ids))
+    got = attend(*map(jnp.float32, (q, k, v)))
     np.testing.assert_allclose(got, reference(q, k, v, ids), atol=1e-5)
 
     def loss(attend):
         return jax.grad(lambda *x: jnp.sum(jnp.sin(attend(*x))), argnums=(0, 1, 2))(*map(jnp.float32, (q, k, v)))
 
-    blocks = loss(lambda *x: cudnn_packed.blockwise(*x, jnp.array(ids)))
+    blocks = loss(attend)
     for a, b in zip(blocks, loss(lambda *x: softmax_attention(*x, segment_ids=ids)), strict=True):
         np.testing.assert_allclose(a, b, atol=1e-5)
 
