@@ -118,6 +118,16 @@ class Init:
 
 
 @dataclasses.dataclass(frozen=True)
+class Mesh:
+    """Devices along each axis; -1 (one axis at most) is what the others leave of them. See linscale/sharding.py."""
+
+    data: int = -1  # copies of the parameters, each with its own rows of the batch
+    fsdp: int = 1  # parts of the parameters and the optimizer's moments, each with its own rows too
+    sequence: int = 1  # parts of every row (context parallelism)
+    tensor: int = 1  # parts of heads, of the gated linear unit and of the vocabulary
+
+
+@dataclasses.dataclass(frozen=True)
 class Log:
     tensorboard: bool = True
     wandb_project: str = ""  # empty: off
@@ -133,6 +143,7 @@ class Config:
     train: Train = Train()
     optimizer: Optimizer = Optimizer()
     init: Init = Init()
+    mesh: Mesh = Mesh()
     log: Log = Log()
 
     @property
@@ -303,9 +314,21 @@ def _check(c: Config) -> None:
         at_least(f"optimizer.{field}", getattr(o, field), 0)
     for field in ("decay_share", "final_share"):
         within(f"optimizer.{field}", getattr(o, field), 0.0, 1.0)
+    _check_mesh(c.mesh)
     for field in ("beta1", "beta2"):  # the correction of the bias divides by 1 - beta
         if not 0 <= getattr(o, field) < 1:
             raise ConfigError(f"config.optimizer.{field} is {getattr(o, field)}; it must be at least 0 and below 1.")
+
+
+def _check_mesh(mesh: Mesh) -> None:
+    sizes = dataclasses.asdict(mesh)
+    for name, size in sizes.items():
+        if size != -1 and not 1 <= size <= 2**20:
+            raise ConfigError(f"config.mesh.{name} is {size}; it must be a number of devices, or -1 for the rest.")
+    if list(sizes.values()).count(-1) > 1:
+        raise ConfigError(
+            f"config.mesh has -1 for {', '.join(n for n in sizes if sizes[n] == -1)}; one axis may have it."
+        )
 
 
 def _check_texts(section: Any, prefix: str) -> None:

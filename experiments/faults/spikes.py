@@ -8,7 +8,7 @@ another, and all gradients times 1000; one whose gradients are NaN in one group 
 where they are 1000 times too large at every step from the middle on.
 
 The gradients are spoilt where linscale.training.step.gradients returns them, inside the compiled step, by the sum of the
-batch, so that a restored or diagnosed step is spoilt alike. The window of the spike rule needs 128 accepted steps; the
+batch, so that a restored or diagnosed step is spoilt alike. The window of the spike rule needs 128 finite norms; the
 spikes among the faults before that are not seen by it and marked as such.
 Prints a table and writes spikes.json: skipped steps, held-out loss against the clean run, and for the runs that must
 stop the number of steps until they did and the sentence they ended with. Exits with 1 if a loss is off by more than 1 %

@@ -11,6 +11,7 @@ from flax import nnx
 
 from linscale.config import Model
 from linscale.kernels import linear_attention, linear_attention_step
+from linscale.sharding import constrain
 
 EPSILON = 1e-6
 
@@ -50,7 +51,7 @@ class RMSNorm(nnx.Module):
 
 
 def split_heads(x_BTD: jax.Array, heads: int) -> jax.Array:
-    return x_BTD.reshape(*x_BTD.shape[:-1], heads, -1)
+    return constrain(x_BTD.reshape(*x_BTD.shape[:-1], heads, -1), "batch", "sequence", "heads", None)
 
 
 def merge_heads(x_BTHK: jax.Array) -> jax.Array:
@@ -67,7 +68,8 @@ class GatedLinearUnit(nnx.Module):
         self.activation = activation
 
     def __call__(self, x_BTD):
-        return self.down(self.up(x_BTD) * self.activation(self.gate(x_BTD)))
+        inner = self.up(x_BTD) * self.activation(self.gate(x_BTD))
+        return self.down(constrain(inner, "batch", "sequence", "ffn"))
 
 
 class LowRankGate(nnx.Module):

@@ -18,6 +18,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from linscale import sharding
 from linscale.config import ConfigError, Model
 from linscale.kernels import cross_entropy
 from linscale.models import cosformer2, hgrn2, llama, tnl
@@ -71,7 +72,9 @@ class Transformer(nnx.Module):
         self.final_norm = _MIXERS["tnl" if model.arch == "hybrid" else model.arch].norm(model)
 
     def __call__(self, tokens_BT, segment_ids_BT, cache):
-        x_BTD = self.embedding[...].astype(compute_dtype(self.model))[tokens_BT]
+        embedding = self.embedding[...].astype(compute_dtype(self.model))
+        x_BTD = sharding.gather({"embedding": embedding})["embedding"][tokens_BT]
+        x_BTD = sharding.constrain(x_BTD, "batch", "sequence", None)
         if cache is not None and "start" in cache and tokens_BT.shape[1] > 1:
             segment_ids_BT, cache = _forget_left_padding(cache, tokens_BT.shape[1])
         new_cache = None if cache is None else cache | {"position": cache["position"] + tokens_BT.shape[1]}
@@ -101,8 +104,9 @@ class Transformer(nnx.Module):
 
             def one_layer(x_BTD, xs, graphdef=graphdef, context=context):
                 params, layer, cache = xs
-                block = nnx.merge(graphdef, params)
-                return block(x_BTD, layer=layer, cache=cache, **context)
+                block = nnx.merge(graphdef, sharding.gather(params, compute_dtype(self.model)))
+                x_BTD, cache = block(x_BTD, layer=layer, cache=cache, **context)
+                return sharding.constrain(x_BTD, "batch", "sequence", None), cache
 
             stacks[kind] = (_remat(one_layer, self.model.remat), stacks[kind])
 
@@ -174,7 +178,12 @@ def _stack(model, kind, layers, rngs):
 
 def _remat(one_layer, policy: str):
     if policy == "none":
-        return one_layer
+        if not sharding.gathers():
+            return one_layer
+        # Gathered parameters are the one thing that is not kept: the backward pass gathers them again.
+        return jax.checkpoint(
+            one_layer, policy=lambda primitive, *_, **__: primitive.name != "sharding_constraint", prevent_cse=False
+        )
     save = jax.checkpoint_policies.dots_with_no_batch_dims_saveable if policy == "dots" else None
     return jax.checkpoint(one_layer, policy=save, prevent_cse=False)  # inside a scan CSE cannot undo it
 
@@ -242,7 +251,8 @@ def loss(model: Model, params: dict, batch: dict) -> tuple[jax.Array, jax.Array]
     batch: tokens, labels, segment_ids [B,T] integers, weights [B,T] float32.
     """
     hidden, _ = forward(model, params, batch["tokens"], batch["segment_ids"])
-    nll = cross_entropy(hidden, output_head(params), batch["labels"], batch["weights"])
+    head = sharding.gather({"head": output_head(params)})["head"]
+    nll = cross_entropy(hidden, head, batch["labels"], batch["weights"])
     return nll, jnp.sum(batch["weights"])
 
 

@@ -1,8 +1,10 @@
 """Bad steps are skipped: an update whose gradient is not finite, or is a spike, never reaches the parameters.
 
-A spike is a gradient norm more than `sigma` standard deviations above the mean of the last 128 accepted norms. The
-window is part of the training state, so that a resumed run judges as an undisturbed one would, and all of this happens
-on the device: nothing waits for the host. Steps go on counting through skipped ones, so the data move on.
+A spike is a gradient norm more than `sigma` standard deviations above the mean of the last 128. A spike enters the window
+as the limit it went beyond: one leaves hardly a trace, but where norms rise for good the limit follows within a few
+steps, which would otherwise all be skipped. The window is part of the training state, so that a resumed run judges as an
+undisturbed one would, and all of this happens on the device: nothing waits for the host. Steps go on counting through
+skipped ones, so the data move on.
 
 Once `limit` steps in a row are bad, every further update is refused. The host learns of it some steps later, and still
 finds the parameters as they were before the first of them.
@@ -16,16 +18,16 @@ import jax.numpy as jnp
 
 from linscale.config import Config
 
-WINDOW = 128  # accepted steps; until there are so many, only what is not finite is bad
+WINDOW = 128  # finite norms; until there are so many, only what is not finite is bad
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Guard:
-    norms: jax.Array  # float32 [WINDOW]: gradient norms of the last accepted steps, a ring
-    accepted: jax.Array  # int32: accepted steps so far
+    norms: jax.Array  # float32 [WINDOW]: the last finite gradient norms, cut to the limits of their steps, a ring
+    entered: jax.Array  # int32: norms that have entered the ring so far
     skipped: jax.Array  # int32: skipped steps so far
-    in_a_row: jax.Array  # int32: skipped steps since the last accepted one
+    in_a_row: jax.Array  # int32: skipped steps since the last that was not
 
 
 def init() -> Guard:
@@ -39,11 +41,12 @@ def judge(config: Config, guard: Guard, loss: jax.Array, norm: jax.Array) -> tup
     """
     sigma = config.train.spike_sigma
     limit = jnp.mean(guard.norms) + sigma * jnp.std(guard.norms)
-    limit = jnp.where((guard.accepted >= WINDOW) & (sigma > 0), limit, jnp.inf)
-    good = jnp.isfinite(loss) & jnp.isfinite(norm) & (norm <= limit) & (guard.in_a_row < config.train.skip_limit)
+    limit = jnp.where((guard.entered >= WINDOW) & (sigma > 0), limit, jnp.inf)
+    finite, going_on = jnp.isfinite(loss) & jnp.isfinite(norm), guard.in_a_row < config.train.skip_limit
+    good, enters = finite & (norm <= limit) & going_on, finite & going_on
     after = Guard(
-        norms=jnp.where(good, guard.norms.at[guard.accepted % WINDOW].set(norm), guard.norms),
-        accepted=guard.accepted + good,
+        norms=jnp.where(enters, guard.norms.at[guard.entered % WINDOW].set(jnp.minimum(norm, limit)), guard.norms),
+        entered=guard.entered + enters,
         skipped=guard.skipped + ~good,
         in_a_row=jnp.where(good, 0, guard.in_a_row + 1),
     )

@@ -30,6 +30,10 @@ FREE = (
     "train.skip_limit",
     "train.stop_seconds",
     "train.hang_seconds",
+    "mesh.data",
+    "mesh.fsdp",
+    "mesh.sequence",
+    "mesh.tensor",
     "log.tensorboard",
     "log.wandb_project",
 )

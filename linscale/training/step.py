@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from linscale import models
+from linscale import models, sharding
 from linscale.config import Config
 from linscale.training import guard, optimizer
 
@@ -64,12 +64,15 @@ def gradients(config: Config, params, batch: dict) -> tuple[jax.Array, Any]:
 
         def accumulate(carry, micro):
             (nats, weights), grads = value_and_grad(params, micro)
+            grads = sharding.like_parameters(grads)
             return jax.tree.map(jnp.add, carry, (nats, weights, grads)), None
 
-        zeros = (jnp.float32(0), jnp.float32(0), jax.tree.map(jnp.zeros_like, params))
+        zeros = (jnp.float32(0), jnp.float32(0), sharding.like_parameters(jax.tree.map(jnp.zeros_like, params)))
         split = jax.tree.map(lambda x: x.reshape(config.train.accumulation, -1, *x.shape[1:]), batch)
+        split = jax.tree.map(lambda x: sharding.constrain(x, None, "batch", "sequence"), split)
         (nats, weights, grads), _ = jax.lax.scan(accumulate, zeros, split)
 
+    grads = sharding.like_parameters(grads)
     weights = jnp.maximum(weights, 1)
     return nats / weights, jax.tree.map(lambda g: g / weights, grads)
 

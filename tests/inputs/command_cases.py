@@ -146,7 +146,7 @@ TABLES = {
     "budget infinite": ("t.csv", GOOD.encode(), f"{ASK} --budget inf", ("--budget", "inf")),
     "isoflop without compute groups": ("t.csv", GOOD.encode(), f"{ASK} --form=isoflop --backtest=2", ("--backtest",)),
     "data-constrained without unique": ("t.csv", GOOD.encode(), f"{ASK} --form=data-constrained", ("--unique",)),
-    "envelope of a file": ("t.csv", GOOD.encode(), f"{ASK} --form=envelope", ("--form envelope", "t.csv")),
+    "envelope of a file without curves": ("t.csv", GOOD.encode(), f"{ASK} --form=envelope", ("t.csv", "--run COLUMN")),
     "JSON to a folder that is not there": ("t.csv", GOOD.encode(), f"{ASK} --json=none/x.json", ("--json", "none/x.json")),
     "JSON to a folder": ("t.csv", GOOD.encode(), f"{ASK} --json=.", ("--json",)),
     "JSON over the table": ("t.csv", GOOD.encode(), f"{ASK} --json=../t.csv", ("--json", "t.csv")),

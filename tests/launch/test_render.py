@@ -66,7 +66,7 @@ def spied(tmp_path, monkeypatch):
 def test_hostile_values_reach_the_run_as_they_were_given(value, tmp_path, spied):
     folder = tmp_path / value.replace("/", "_")
     folder.mkdir()
-    option = f"--config.data.data_dir={value}"
+    option = f"--config.data.separator={value}"  # the one text that may hold anything
     render("slurm", f"--config={RECIPE}", option, f"--folder={folder}", out=tmp_path / "slurm")
     code, calls = spied(tmp_path / "slurm" / "tnl-14k.sbatch")
     assert code == 0 and calls[0][0] == "srun" and calls[0][-1] == option

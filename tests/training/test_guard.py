@@ -48,10 +48,11 @@ def test_rule_agrees_with_numpy():
             loss = np.float32(np.nan)
         window = window[-guard.WINDOW :]
         limit = np.mean(window) + 6 * np.std(window) if len(window) == guard.WINDOW else np.inf
-        bad = not np.isfinite(norm) or not np.isfinite(loss) or norm > limit or in_a_row >= 4
+        finite = np.isfinite(norm) and np.isfinite(loss)
+        bad = not finite or norm > limit or in_a_row >= 4
         good, state, metrics = judge(state, loss, norm)
-        if not bad:
-            window.append(norm)
+        if finite:
+            window.append(min(norm, limit))
         in_a_row = in_a_row + 1 if bad else 0
         skipped += bad
         assert bool(good) == (not bad), (n, norm, limit)
@@ -80,7 +81,7 @@ def test_a_bad_step_changes_counters_alone(monkeypatch, accumulation):
     bad["tokens"][0] = 0
     after, metrics = train_step(state, bad)
     assert not np.isfinite(metrics["loss"]) and int(metrics["in_a_row"]) == int(metrics["skipped"]) == 1
-    assert int(after.step) == 2 and int(after.guard.accepted) == 1
+    assert int(after.step) == 2 and int(after.guard.entered) == 1
     floats = [leaf for leaf in jax.tree.leaves((state.params, state.opt_state)) if leaf.dtype == jnp.float32]
     kept = [leaf for leaf in jax.tree.leaves((after.params, after.opt_state)) if leaf.dtype == jnp.float32]
     assert len(floats) > 20 and all(map(np.array_equal, floats, kept))
@@ -97,8 +98,19 @@ def test_after_the_limit_nothing_is_accepted():
     assert not good and int(metrics["in_a_row"]) == 3
 
 
+def test_the_limit_follows_norms_that_rise_for_good():
+    """Twice the norm from one step on: a few steps are skipped, never ten in a row, and then none."""
+    c, judge = config(), jax.jit(guard.judge, static_argnums=0)
+    random, state, in_a_row = np.random.default_rng(3), guard.init(), []
+    for n in range(400):
+        norm = np.float32(random.lognormal(0, 0.1) * (1 if n < 200 else 2))
+        _, state, metrics = judge(c, state, jnp.float32(2), norm)
+        in_a_row.append(int(metrics["in_a_row"]))
+    assert not any(in_a_row[:200]) and 1 <= max(in_a_row) < c.train.skip_limit and not any(in_a_row[300:])
+
+
 def test_without_sigma_only_what_is_not_finite_is_bad():
     c = config(spike_sigma=0.0)
-    state = dataclasses.replace(guard.init(), norms=jnp.ones(guard.WINDOW), accepted=jnp.int32(500))
+    state = dataclasses.replace(guard.init(), norms=jnp.ones(guard.WINDOW), entered=jnp.int32(500))
     assert guard.judge(c, state, jnp.float32(1), jnp.float32(1e6))[0]
     assert not guard.judge(config(), state, jnp.float32(1), jnp.float32(1e6))[0]
