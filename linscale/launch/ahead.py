@@ -6,6 +6,7 @@ devices is read from that, and everything that the code of a device decides (tem
 """
 
 import dataclasses
+import functools
 import math
 import os
 import re
@@ -100,39 +101,28 @@ def _bytes(found: re.Match) -> int:
 
 @dataclasses.dataclass(frozen=True)
 class Program:
-    """The train step of a config, traced and lowered for a mesh."""
+    """The train step of a config for a mesh, as training lowers it."""
 
     mesh: object  # jax.sharding.Mesh
     state: object  # abstract TrainState with its shardings
     batch: dict
-    traced: object  # jax.stages.Traced
+    lowered: object  # jax.stages.Lowered
+    flops: float  # of its matrix products, all devices
 
 
 def program(config, devices: list) -> Program:
-    import functools
-
     import jax
-    import jax.numpy as jnp
 
     from linscale import sharding
-    from linscale.training import step
+    from linscale.launch import operations
+    from linscale.training import loop, step
 
     mesh = sharding.make_mesh(config.mesh, devices)
+    state = loop.abstract_state(config, mesh)
+    batch = loop.abstract_batch(config, mesh, config.train.batch)
     with jax.set_mesh(mesh):
-        state = jax.eval_shape(functools.partial(step.init, config))
-        where = sharding.shardings(mesh, state)
-        state = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), state, where)
-        kinds = {"tokens": jnp.int32, "labels": jnp.int32, "segment_ids": jnp.int32, "weights": jnp.float32}
-        batch = {
-            n: jax.ShapeDtypeStruct((config.train.batch, config.train.sequence), k, sharding=sharding.of_batch(mesh))
-            for n, k in kinds.items()
-        }
-        traced = jax.jit(
-            functools.partial(step.train_step, config),
-            donate_argnums=0,
-            out_shardings=(where, sharding.replicated(mesh)),
-        ).trace(state, batch)
-    return Program(mesh, state, batch, traced)
+        jaxpr = jax.make_jaxpr(functools.partial(step.train_step, config))(state, batch)
+    return Program(mesh, state, batch, loop.lower_step(config, state, mesh), operations.matrix_flops(jaxpr))
 
 
 @dataclasses.dataclass(frozen=True)

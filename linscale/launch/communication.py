@@ -29,6 +29,9 @@ _SENT = {
     "ragged-all-to-all": lambda n: (n - 1) / n,
     "collective-permute": lambda n: 1,
 }
+_MESH = re.compile(
+    r"replica_groups=@?mesh\[(?P<sizes>[^\]]*)\](?:, device_ids=\((?P<ids>(?:[^()]|\([^)]*\))*)\))?\s*\{(?P<axes>[^}]*)\}"
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -109,32 +112,43 @@ def replica_groups(one: hlo.Instruction, devices: int) -> list[tuple[int, ...]]:
     {{0,1},{2,3}}                         each group
     {}                                    all devices
     [groups,size]<=[dims]T(permutation)   the numbers 0, 1, .. laid out in dims, transposed, cut into groups
-    mesh['a'=4,'b'=8] {'a','b':(2)4}      all along the named axes; (2)4: of an axis cut into 2 x 4 x rest, the 4
+    mesh['a'=4,'b'=8] {'a','b':(2)4}      all along the named axes; (2)4: of an axis cut into 2 x 4 x rest, the 4;
+                                          with device_ids=([dims]T(permutation)) before the brace, as above, if the
+                                          mesh is not numbered in order
     """
     text = one.attribute("replica_groups") or "{}"
     if re.fullmatch(r"\{\s*\}", text):
         return [tuple(range(devices))]
-    if iota := re.fullmatch(r"\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?", text):
-        shape, dims, permutation = (_numbers(part or "") for part in iota.groups())
-        ids = np.arange(math.prod(dims)).reshape(dims).transpose(permutation or range(len(dims)))
-        return [tuple(group) for group in ids.reshape(shape).tolist()]
-    if mesh := re.fullmatch(r"@?mesh\[([^\]]*)\]\s*\{([^}]*)\}", text):
-        sizes = {name: int(n) for name, n in re.findall(r"'?([\w.]+)'?\s*=\s*(\d+)", mesh.group(1))}
-        return _along(sizes, re.findall(r"'?([\w.]+)'?(?::\((\d+)\)(\d+))?", mesh.group(2)))
+    if iota := re.fullmatch(r"\[([\d,]+)\]<=(\[[\d,]+\](?:T\([\d,]+\))?)", text):
+        return [tuple(group) for group in _iota(iota[2]).reshape(_numbers(iota[1])).tolist()]
+    if mesh := _MESH.search(one.attributes):
+        sizes = {name: int(n) for name, n in re.findall(r"'?([\w.]+)'?\s*=\s*(\d+)", mesh["sizes"])}
+        return _along(sizes, re.findall(r"'?([\w.]+)'?(?::\((\d+)\)(\d+))?", mesh["axes"]), _iota(mesh["ids"]))
     if re.fullmatch(r"\{(\{[\d, ]*\},?\s*)+\}", text):
         return [tuple(_numbers(group)) for group in re.findall(r"\{([\d, ]+)\}", text)]
     raise ValueError(f"replica_groups={text[:200]} of {one.name} is written in a way that is not known here")
 
 
-def _along(sizes: dict[str, int], chosen: list[tuple[str, str, str]]) -> list[tuple[int, ...]]:
-    """Groups along axes, or parts of axes, of a mesh whose devices are numbered in order."""
+def _iota(text: str | None) -> np.ndarray | None:
+    """'[2,3]T(1,0)' -> 0 .. 5 laid out in [2,3], transposed, as one row; '0,2,1' -> itself."""
+    if not text:
+        return None
+    dims, _, permutation = (_numbers(part) for part in text.partition("T"))
+    if not text.startswith("["):
+        return np.asarray(dims)
+    return np.arange(math.prod(dims)).reshape(dims).transpose(permutation or range(len(dims))).reshape(-1)
+
+
+def _along(sizes: dict[str, int], chosen: list[tuple[str, str, str]], order) -> list[tuple[int, ...]]:
+    """Groups along axes, or parts of axes, of a mesh; order: the numbers of its devices, None if they count up."""
     parts, members = [], []  # every axis as outer x part x inner; which of them are in a group
     cuts = {name: (int(outer or 1), int(part or sizes[name])) for name, outer, part in chosen}
     for name, size in sizes.items():
         outer, part = cuts.get(name, (1, 1))
         members += [len(parts) + 1] * (name in cuts)
         parts += [outer, part, size // (outer * part)]
-    ids = np.moveaxis(np.arange(math.prod(parts)).reshape(parts), members, range(-len(members), 0))
+    ids = np.arange(math.prod(parts)) if order is None else order
+    ids = np.moveaxis(ids.reshape(parts), members, range(-len(members), 0))
     return [tuple(group) for group in ids.reshape(-1, math.prod(parts[i] for i in members)).tolist()]
 
 

@@ -11,7 +11,7 @@ import jax
 
 from linscale import models, sharding
 from linscale.config import Config
-from linscale.launch import ahead, communication, estimate, hardware, hlo, operations, roofline, traffic
+from linscale.launch import ahead, communication, estimate, hardware, hlo, roofline, traffic
 from linscale.launch import search as nearby
 from linscale.scaling import flops
 
@@ -64,19 +64,19 @@ def make(config: Config, topology: hardware.Topology, devices: list, mesh_sizes:
     notes, text, memory = [], None, None
     if tpu:
         try:
-            compiled = program.traced.lower().compile()
+            compiled = program.lowered.compile()
             text, memory = compiled.as_text(), ahead.memory_of(compiled)
         except jax.errors.JaxRuntimeError as error:
             memory = ahead.overflow(error, sizes.state + sizes.batch)
             if memory is None:
                 raise
     else:
-        text = ahead.partitioned(program.traced.lower())
+        text = ahead.partitioned(program.lowered)
         temporaries = int(estimate.temporary_bytes(config, mesh_sizes, sizes.parameters))
         arguments = sizes.state + sizes.batch
         memory = ahead.Memory(arguments, temporaries, arguments + temporaries)
 
-    hardware_flops = operations.matrix_flops(program.traced.jaxpr)
+    hardware_flops = program.flops
     sent, kinds, moved, bound = {}, {}, 0.0, None
     if text is not None:
         module = hlo.parse(text)
@@ -136,8 +136,8 @@ def search(config: Config, topology: hardware.Topology, tries: int, tell=lambda 
     config = dataclasses.replace(config, model=dataclasses.replace(config.model, dtype=_dtype(config)))
     mesh = sharding.sizes(config.mesh, topology.devices)
     sharding.check(config, topology.devices)
+    devices = ahead.devices(topology)  # before jax begins
     models.validate(config.model)
-    devices = ahead.devices(topology)
 
     def attempt(config: Config, mesh: dict[str, int]) -> Plan:
         tell(
