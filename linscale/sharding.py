@@ -207,6 +207,13 @@ def replicated(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec())
 
 
+def describe(mesh: Mesh) -> str:
+    """'TPU v5p', or '8 x TPU v5p (data 2, fsdp 4)'."""
+    kind = mesh.devices.flat[0].device_kind
+    cut = ", ".join(f"{name} {size}" for name, size in mesh.shape.items() if size > 1)
+    return f"{mesh.size} x {kind} ({cut})" if cut else kind
+
+
 def host_rows(mesh: Mesh) -> tuple[int, int]:
     """(which share of the rows this process feeds, how many shares there are). Processes that hold tokens or copies of
     the same rows feed the same share."""
@@ -224,13 +231,13 @@ def host_rows(mesh: Mesh) -> tuple[int, int]:
     return shares.index(tuple(sorted(needs[jax.process_index()]))), len(shares)
 
 
-def put(batch: dict[str, np.ndarray], sharding: NamedSharding) -> dict[str, jax.Array]:
+def put(batch: dict[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:
     """The batch on the devices. With several processes, each gives the rows of its share (`host_rows`)."""
     if jax.process_count() == 1:
-        return jax.device_put(batch, sharding)
-    _, shares = host_rows(sharding.mesh)
+        return jax.device_put(batch, of_batch(mesh))
+    _, shares = host_rows(mesh)
     return {
-        name: jax.make_array_from_process_local_data(sharding, x, (x.shape[0] * shares, *x.shape[1:]))
+        name: jax.make_array_from_process_local_data(of_batch(mesh), x, (x.shape[0] * shares, *x.shape[1:]))
         for name, x in batch.items()
     }
 

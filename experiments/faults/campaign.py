@@ -117,13 +117,11 @@ _reading = threading.Lock()
 
 @functools.cache
 def _abstract(arch: str):
-    import jax
-
-    from linscale.training import checkpoint, recipes, step
+    from linscale import sharding
+    from linscale.training import checkpoint, recipes
 
     config = recipes.load_run(f"{ROOT}/configs/demo.py:{arch}-14k", [("train.steps", str(STEPS))])
-    sharding = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-    return checkpoint.abstract_like(jax.eval_shape(functools.partial(step.init, config)), sharding)
+    return checkpoint.abstract_state(config, sharding.make_mesh(config.mesh))
 
 
 def final_state(arch: str, run: Path) -> dict[str, bytes]:

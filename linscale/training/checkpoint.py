@@ -16,6 +16,7 @@ import errno
 import functools
 import json
 import logging
+import math
 import os
 import shutil
 import sys
@@ -29,10 +30,11 @@ import jax.numpy as jnp
 import numpy as np
 from orbax.checkpoint.experimental import v1 as ocp
 
+from linscale import sharding
 from linscale.config import Config, ConfigError
-from linscale.training import run_folder
+from linscale.training import hosts, run_folder
 from linscale.training.metrics import say
-from linscale.training.step import TrainState
+from linscale.training.step import TrainState, init
 
 Checkpointer = ocp.training.Checkpointer
 _UNFINISHED = "*.orbax-checkpoint-tmp*"
@@ -69,8 +71,9 @@ def open_folder(folder: Path, config: Config) -> Iterator[Checkpointer]:
         try:
             yield checkpointer
         except BaseException:
-            with contextlib.suppress(Exception):  # a save that fails beside is not what ends the run
-                checkpointer.close()
+            if jax.process_count() == 1:  # of several, the others may not come to where this would wait for them
+                with contextlib.suppress(Exception):  # a save that fails beside is not what ends the run
+                    checkpointer.close()
             raise
         with _writing(folder):
             checkpointer.close()
@@ -155,13 +158,13 @@ def restore(checkpointer: Checkpointer, abstract: TrainState) -> tuple[int, Trai
     if steps:
         *found, damaged = read_newest(folder, steps, abstract)
     for bad in (*damaged, *unfinished):
-        if jax.process_index() == 0:
+        if hosts.is_first():
             aside = folder.parent / "damaged" / str(bad)
             shutil.rmtree(aside, ignore_errors=True)
             aside.parent.mkdir(exist_ok=True)
             (folder / str(bad)).rename(aside)
     if damaged or unfinished:
-        _wait_for_all("damaged checkpoints put aside")
+        hosts.wait_for_all()
         checkpointer.reload()
     return tuple(found) if found else None
 
@@ -215,8 +218,12 @@ def steps_in(folder: Path) -> list[int]:
     return sorted(int(path.name) for path in folder.glob("*") if path.name.isdigit() and path.is_dir())
 
 
-def abstract_like(shapes: TrainState, sharding: jax.sharding.Sharding) -> TrainState:
-    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), shapes)
+def abstract_state(config: Config, mesh: jax.sharding.Mesh) -> TrainState:
+    """Shapes, dtypes and shardings of a run's training state on a mesh."""
+    shapes = jax.eval_shape(functools.partial(init, config))
+    return jax.tree.map(
+        lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, sharding.shardings(mesh, shapes)
+    )
 
 
 def sums(tree: Any) -> dict[str, int]:
@@ -231,10 +238,8 @@ def sums(tree: Any) -> dict[str, int]:
     return {name: int(total) for name, total in zip(names, found)}
 
 
-def _everywhere(sharding: jax.sharding.Sharding) -> jax.sharding.Sharding:
-    if isinstance(sharding, jax.sharding.NamedSharding):
-        return jax.sharding.NamedSharding(sharding.mesh, jax.sharding.PartitionSpec())
-    return sharding
+def _everywhere(found: jax.sharding.Sharding) -> jax.sharding.Sharding:
+    return sharding.replicated(found.mesh) if isinstance(found, jax.sharding.NamedSharding) else found
 
 
 @functools.cache
@@ -245,7 +250,9 @@ def _summed(out: jax.sharding.Sharding):
 def _sum(x: jax.Array) -> jax.Array:
     x = x.astype(jnp.uint8) if x.dtype == bool else x
     bits = jax.lax.bitcast_convert_type(x, jnp.dtype(f"uint{8 * x.dtype.itemsize}")).astype(jnp.uint32)
-    place = jax.lax.iota(jnp.uint32, x.size).reshape(x.shape)
+    strides = [math.prod(x.shape[axis + 1 :]) % 2**32 for axis in range(x.ndim)]
+    # Axis by axis, so that a sharded array is summed without its places ever being whole on one device.
+    place = sum(jax.lax.broadcasted_iota(jnp.uint32, x.shape, a) * jnp.uint32(s) for a, s in enumerate(strides))
     return jnp.sum(bits * (place * jnp.uint32(2_654_435_762) + 1), dtype=jnp.uint32)  # even times place, plus 1: odd
 
 
@@ -260,10 +267,3 @@ def _all(good: bool) -> bool:
     from jax.experimental import multihost_utils
 
     return bool(multihost_utils.process_allgather(np.array(good)).all())
-
-
-def _wait_for_all(what: str) -> None:
-    if jax.process_count() > 1:
-        from jax.experimental import multihost_utils
-
-        multihost_utils.sync_global_devices(what)

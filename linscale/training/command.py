@@ -41,9 +41,16 @@ def main(argv: list[str]) -> int:
         raise ConfigError("linscale train needs --config=FILE.py:RUNG, as --config=configs/demo.py:tnl-155k.")
     config = recipes.load_run(args.config, overrides)
 
-    from linscale.training import loop, run_folder  # jax starts here, after the command line is known to be right
+    from linscale.training import (
+        hosts,
+        loop,
+        run_folder,
+    )  # jax starts here, after the command line is known to be right
 
+    hosts.start()
     done = loop.train(config)
+    if not hosts.is_first():
+        return 0
     print(f"held-out loss {done['heldout_loss']:.4f} nats/token, {done['heldout_bpb']:.4f} bits/byte")
     print(run_folder.of(config))
     return 0

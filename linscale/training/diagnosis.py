@@ -6,7 +6,6 @@ training state as it was before the first of the skipped steps (skipping changes
 """
 
 import dataclasses
-import functools
 import json
 import math
 import shutil
@@ -16,13 +15,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from linscale import data
-from linscale.config import Config, ConfigError, resolve
-from linscale.training import checkpoint, run_folder, step
+from linscale import data, sharding
+from linscale.config import Config, ConfigError, Mesh, resolve
+from linscale.training import checkpoint, hosts, run_folder, step
 
 
-def group_norms(config: Config, params, batch: dict) -> tuple[float, dict[str, float]]:
-    """(loss, path of every parameter group -> norm of its gradient), in the order of the forward pass where known.
+def group_norms(config: Config, mesh, params, batch: dict) -> tuple[float, dict[str, float]]:
+    """batch: on the devices of the mesh. (loss, path of every parameter group -> norm of its gradient), in the order of the forward pass where known.
 
     A group is one array of params: one kind of parameter of all layers of a kind.
     """
@@ -31,7 +30,8 @@ def group_norms(config: Config, params, batch: dict) -> tuple[float, dict[str, f
         loss, grads = step.gradients(config, params, batch)
         return loss, jax.tree.map(jnp.linalg.norm, jax.tree.map(jnp.ravel, grads))
 
-    loss, tree = jax.device_get(jax.jit(norms)(params, batch))
+    with jax.set_mesh(mesh):
+        loss, tree = jax.device_get(jax.jit(norms, out_shardings=sharding.replicated(mesh))(params, batch))
     leaves, _ = jax.tree_util.tree_flatten_with_path(tree)
     found = {jax.tree_util.keystr(path, simple=True, separator="/"): float(norm) for path, norm in leaves}
     return float(loss), found
@@ -43,7 +43,9 @@ def first_bad(norms: dict[str, float]) -> str:
     return broken[0] if broken else max(norms, key=norms.get)
 
 
-def stop(config: Config, corpus, checkpointer, state: step.TrainState, n: int, measured: dict, batch: dict) -> None:
+def stop(
+    config: Config, corpus, checkpointer, mesh, state: step.TrainState, n: int, measured: dict, batch: dict
+) -> None:
     """Writes the dump of step n, the last of too many skipped in a row, and raises FloatingPointError naming it all."""
     folder = run_folder.of(config) / "stopped" / str(n)
     values = {name: float(value) for name, value in jax.device_get(measured).items()}
@@ -51,7 +53,8 @@ def stop(config: Config, corpus, checkpointer, state: step.TrainState, n: int, m
         corpus, batch=config.train.batch, sequence=config.train.sequence, seed=config.seed, number=n - 1
     )
     documents = data.documents_of(corpus, config.train.sequence, rows)
-    loss, norms = group_norms(config, state.params, batch)
+    on_device = sharding.put(batch, mesh)
+    loss, norms = group_norms(config, mesh, state.params, on_device)
     bad = first_bad(norms)
     report = {
         "step": n,
@@ -64,13 +67,17 @@ def stop(config: Config, corpus, checkpointer, state: step.TrainState, n: int, m
         "rows": rows,
         "documents": documents,
     }
-    shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir(parents=True)
-    np.savez(folder / "batch.npz", **batch)
+    whole = batch if jax.process_count() == 1 else hosts.whole(on_device)
+    if hosts.is_first():
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir(parents=True)
+        np.savez(folder / "batch.npz", **whole)
+    hosts.wait_for_all()
     checkpoint.wait(checkpointer)
     last = checkpointer.latest
     checkpoint.save_alone(folder / "state", state)
-    run_folder.write_json(folder / "report.json", report)
+    if hosts.is_first():
+        run_folder.write_json(folder / "report.json", report)
     few = ", ".join(map(str, documents[:10])) + (", ..." if len(documents) > 10 else "")
     raise FloatingPointError(
         f"{config.name} diverged: steps {n - config.train.skip_limit + 1} to {n} were skipped (gradient norm "
@@ -88,12 +95,12 @@ def replay(folder: Path) -> tuple[str, bool]:
         config = resolve(report["config"])
         with np.load(folder / "batch.npz", allow_pickle=False) as file:
             batch = {name: file[name] for name in file.files}
-        sharding = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-        abstract = checkpoint.abstract_like(jax.eval_shape(functools.partial(step.init, config)), sharding)
+        mesh = _mesh_here(config)
+        abstract = checkpoint.abstract_state(config, mesh)
         tree, _ = checkpoint.read(folder / "state", {"params": abstract.params})
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ConfigError(f"--replay is {str(folder)!r}, which holds no dump that can be read: {error}.") from error
-    loss, norms = group_norms(config, tree["params"], batch)
+    loss, norms = group_norms(config, mesh, tree["params"], sharding.put(batch, mesh))
     bad = first_bad(norms)
     same = (repr(loss), bad) == (report["loss"], report["first_bad_group"])
     rows = "\n".join(
@@ -101,3 +108,12 @@ def replay(folder: Path) -> tuple[str, bool]:
     )
     verdict = "as it was" if same else f"it was loss {report['loss']}, first bad group {report['first_bad_group']}"
     return f"step {report['step']} of {config.name}: loss {loss!r}\ngradient norms\n{rows}\n{verdict}", same
+
+
+def _mesh_here(config: Config) -> jax.sharding.Mesh:
+    """The run's own mesh where these devices make it, else one device."""
+    try:
+        sharding.check(config, jax.device_count())
+        return sharding.make_mesh(config.mesh)
+    except ConfigError:
+        return sharding.make_mesh(Mesh(data=1), jax.devices()[:1])

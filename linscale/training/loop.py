@@ -14,15 +14,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from linscale import data, models
+from linscale import data, models, sharding
 from linscale.config import Config, Restart
 from linscale.scaling import flops
-from linscale.training import checkpoint, diagnosis, metrics, run_folder, start, step, stopping
+from linscale.training import checkpoint, diagnosis, hosts, metrics, run_folder, start, step, stopping
 from linscale.training.metrics import say
 
 
 def check(config: Config) -> None:
     """Everything about a run that can be wrong before its data are read. ConfigError; nothing is compiled."""
+    sharding.check(config, jax.device_count())
     models.validate(config.model)
     metrics.check_wandb(config)
     start.check(config)
@@ -37,7 +38,7 @@ def train(config: Config, corpus=None, label: str = "", note=None) -> dict:
     loss or gradient is not finite.
     """
     folder, label = run_folder.of(config), label or config.name
-    check(config)
+    hosts.in_turn(lambda: check(config))
     if done := run_folder.read_done(config):
         say(f"{label}: finished before, held-out loss {done['heldout_loss']:.4f} nats/token; nothing to do in {folder}")
         return done
@@ -46,31 +47,33 @@ def train(config: Config, corpus=None, label: str = "", note=None) -> dict:
         stopping.on_sigterm(config.train.stop_seconds) as sigterm,
         stopping.watchdog(config.train.hang_seconds, folder) as tick,
     ):
-        if corpus is None:
-            corpus = data.prepare(config.data, config.model.vocab_size, log=say)
+        if corpus is None:  # one process of each host fills its cache, or that of a shared disk
+            corpus = hosts.in_turn(lambda: data.prepare(config.data, config.model.vocab_size, log=say))
             say(corpus.summary)
         data.check_batch(corpus, config.train.batch, config.train.sequence)
         start.check(config, corpus.fingerprint)
-        run = run_folder.claim(config, corpus)
+        run = hosts.in_turn(lambda: run_folder.claim(config, corpus))
         return _train(config, corpus, run, label, note, sigterm, tick)
 
 
 def _train(config: Config, corpus, run: dict, label: str, note, sigterm, tick) -> dict:
     """The loop itself. run: content of config.json. sigterm, tick: see linscale/training/stopping.py."""
     folder = run_folder.of(config)
+    mesh = sharding.make_mesh(config.mesh)
+    share, shares = sharding.host_rows(mesh)
     batches = data.train_batches(
         corpus,
         batch=config.train.batch,
         sequence=config.train.sequence,
         seed=config.seed,
         workers=config.data.workers,
+        host=share,
+        hosts=shares,
     )
-    # One device for now: a mesh and its shardings take the place of this line.
-    sharding = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-    with checkpoint.open_folder(folder / "checkpoints", config) as checkpointer:
-        abstract = checkpoint.abstract_like(jax.eval_shape(functools.partial(step.init, config)), sharding)
-        say(f"{label}: compiling, {run['parameters']['total']:,} parameters on {jax.devices()[0].device_kind}")
-        train_step, eval_step, from_nothing = compile_programs(config, abstract, sharding)
+    with checkpoint.open_folder(folder / "checkpoints", config) as checkpointer, hosts.ended_with_the_others():
+        abstract = checkpoint.abstract_state(config, mesh)
+        say(f"{label}: compiling, {run['parameters']['total']:,} parameters on {sharding.describe(mesh)}")
+        train_step, eval_step, from_nothing = compile_programs(config, abstract, mesh)
         first, state, position, how = start.first(config, checkpointer, abstract, from_nothing)
         if position:
             seek(batches, position, first, config)
@@ -78,30 +81,32 @@ def _train(config: Config, corpus, run: dict, label: str, note, sigterm, tick) -
             say(f"{label}: {how}")
 
         evaluations, is_saved = eval_steps(config.steps, config.train.eval_count), run_folder.save_steps(config)
-        log = metrics.Log(folder, config, run, first, peak(config))
-        progress = metrics.Progress(label, config.steps, first, config.tokens_per_step, note)
+        log, progress = metrics.Silent(), metrics.Silent()
+        if hosts.is_first():  # the others compute the same numbers
+            log = metrics.Log(folder, config, run, first, peak(config))
+            progress = metrics.Progress(label, config.steps, first, config.tokens_per_step, note)
         sigterm.saves = True
         try:
             in_flight = None  # (step, its metrics on the device, its batch on the host)
             for n in range(first + 1, config.steps + 1):
                 tick(f"step {n}")
                 batch = draw(batches, config)
-                on_device = jax.device_put(batch, sharding)
+                on_device = sharding.put(batch, mesh)
                 with jax.transfer_guard("disallow"):  # a hidden transfer would wait for the device
                     state, measured = train_step(state, on_device)
                 if in_flight and record(log, progress, config, *in_flight[:2]):  # read while step n runs
-                    diagnosis.stop(config, corpus, checkpointer, state, *in_flight)
+                    diagnosis.stop(config, corpus, checkpointer, mesh, state, *in_flight)
                 in_flight = (n, measured, batch)
 
                 stops = sigterm.came(n) and n < config.steps
                 evaluates, saves = n in evaluations, is_saved(n) or stops
                 if evaluates or saves:
                     if record(log, progress, config, *in_flight[:2]):
-                        diagnosis.stop(config, corpus, checkpointer, state, *in_flight)
+                        diagnosis.stop(config, corpus, checkpointer, mesh, state, *in_flight)
                     in_flight, began = None, time.perf_counter()
                     if evaluates:
                         tick(f"the evaluation of step {n}")
-                        log.heldout(n, heldout_loss(config, corpus, eval_step, state.params, sharding))
+                        log.heldout(n, heldout_loss(config, corpus, eval_step, state.params, mesh))
                     if saves:
                         tick(f"the checkpoint of step {n}")
                         log.sync()
@@ -112,32 +117,46 @@ def _train(config: Config, corpus, run: dict, label: str, note, sigterm, tick) -
                     checkpoint.wait(checkpointer)
                     raise Restart(f"SIGTERM ended {label} after step {n}, which is saved; the same command continues.")
             checkpoint.wait(checkpointer)
-            done = log.last_heldout | {"seconds": round(log.seconds, 3)}
-            run_folder.write_json(folder / "DONE.json", done)
+            if hosts.is_first():
+                done = log.last_heldout | {"seconds": round(log.seconds, 3)}
+                run_folder.write_json(folder / "DONE.json", done)
+            hosts.wait_for_all()
         finally:
             batches.close()  # ends data workers
             progress.close()
             log.close()
-    return done
+    return run_folder.read_done(config)
 
 
-def compile_programs(config: Config, abstract: step.TrainState, sharding):
-    """(train step, evaluation step, first state), compiled side by side and ahead, so that no step is a slow one.
+def abstract_batch(config: Config, mesh: jax.sharding.Mesh, rows: int) -> dict:
+    """Shapes, dtypes and shardings of a batch of so many rows."""
+    shape, of_batch = (rows, config.train.sequence), sharding.of_batch(mesh)
+    kinds = {"tokens": jnp.int32, "labels": jnp.int32, "segment_ids": jnp.int32, "weights": jnp.float32}
+    return {name: jax.ShapeDtypeStruct(shape, kind, sharding=of_batch) for name, kind in kinds.items()}
 
-    The train step is given its state and donates it.
-    """
 
-    def batch(rows):
-        shape = (rows, config.train.sequence)
-        kinds = {"tokens": jnp.int32, "labels": jnp.int32, "segment_ids": jnp.int32, "weights": jnp.float32}
-        return {name: jax.ShapeDtypeStruct(shape, kind, sharding=sharding) for name, kind in kinds.items()}
-
-    train_step, eval_step, init = (functools.partial(f, config) for f in (step.train_step, step.eval_step, step.init))
-    lowered = (
-        jax.jit(train_step, donate_argnums=0).lower(abstract, batch(config.train.batch)),
-        jax.jit(eval_step).lower(abstract.params, batch(eval_batch(config))),
-        jax.jit(init, out_shardings=sharding).lower(),
+def lower_step(config: Config, abstract: step.TrainState, mesh: jax.sharding.Mesh):
+    """The train step, lowered. It is given its state, donates it, and leaves the new one where the old one lay."""
+    jitted = jax.jit(
+        functools.partial(step.train_step, config),
+        donate_argnums=0,
+        out_shardings=(jax.tree.map(lambda x: x.sharding, abstract), sharding.replicated(mesh)),
     )
+    with jax.set_mesh(mesh):
+        return jitted.lower(abstract, abstract_batch(config, mesh, config.train.batch))
+
+
+def compile_programs(config: Config, abstract: step.TrainState, mesh: jax.sharding.Mesh):
+    """(train step, evaluation step, first state), compiled side by side and ahead, so that no step is a slow one."""
+    everywhere = sharding.replicated(mesh)
+    evaluate = jax.jit(functools.partial(step.eval_step, config), out_shardings=everywhere)
+    init = jax.jit(functools.partial(step.init, config), out_shardings=jax.tree.map(lambda x: x.sharding, abstract))
+    with jax.set_mesh(mesh):
+        lowered = (
+            lower_step(config, abstract, mesh),
+            evaluate.lower(abstract.params, abstract_batch(config, mesh, eval_batch(config))),
+            init.lower(),
+        )
     options = compiler_options(config, jax.default_backend())
     with ThreadPoolExecutor() as pool:
         return tuple(pool.map(lambda program: program.compile(compiler_options=options), lowered))
@@ -165,12 +184,13 @@ def record(log: metrics.Log, progress: metrics.Progress, config: Config, n: int,
     return values["in_a_row"] >= config.train.skip_limit
 
 
-def heldout_loss(config: Config, corpus, eval_step, params, sharding) -> float:
+def heldout_loss(config: Config, corpus, eval_step, params, mesh: jax.sharding.Mesh) -> float:
     """Nats per token over the whole held-out set."""
-    sums = [
-        eval_step(params, jax.device_put(batch, sharding))
-        for batch in data.heldout_batches(corpus, batch=eval_batch(config), sequence=config.train.sequence)
-    ]
+    share, shares = sharding.host_rows(mesh)
+    batches = data.heldout_batches(
+        corpus, batch=eval_batch(config), sequence=config.train.sequence, host=share, hosts=shares
+    )
+    sums = [eval_step(params, sharding.put(batch, mesh)) for batch in batches]
     nats, weights = np.asarray(jax.device_get(sums), np.float64).sum(0)
     if not math.isfinite(nats):
         raise FloatingPointError(f"{config.name} diverged: its held-out loss is {nats}; lower the learning rate.")
@@ -212,7 +232,8 @@ def seek(batches, position: dict, drawn: int, config: Config) -> None:
 
 
 def peak(config: Config) -> float | None:
-    """FLOP/s of the devices in use, None if their kind is not known."""
+    """FLOP/s of all devices together, None if their kind is not known."""
     device = jax.devices()[0]
     dtype = {"auto": "float32" if device.platform == "cpu" else "bfloat16"}.get(config.model.dtype, config.model.dtype)
-    return flops.peak_flops(device.device_kind, dtype)
+    one = flops.peak_flops(device.device_kind, dtype)
+    return one and one * jax.device_count()

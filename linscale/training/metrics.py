@@ -109,6 +109,13 @@ class Log:
             show(line)
 
 
+class Silent:
+    """In place of Log and Progress in the other processes of a run: every method does nothing."""
+
+    def __getattr__(self, name: str):
+        return lambda *_: None
+
+
 def _tensorboard(folder: Path, first: int):
     """Event files without TensorFlow, and without tensorboardX's writer thread: once that has died of a full disk, the
     next lines would wait for it for ever."""
@@ -196,8 +203,12 @@ class Progress:
             self._bar.close()
 
 
+speaks = True  # false in all processes of a run but the first
+
+
 def say(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)
+    if speaks:
+        print(text, file=sys.stderr, flush=True)
 
 
 def duration(seconds: float) -> str:

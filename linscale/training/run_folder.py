@@ -15,6 +15,7 @@ from pathlib import Path
 import linscale
 from linscale.config import Config, ConfigError
 from linscale.scaling import flops
+from linscale.training import hosts
 
 # Fields that may change when a run is continued: they change where and how fast, never what is computed or recorded.
 FREE = (
@@ -135,7 +136,8 @@ def claim(config: Config, corpus) -> dict:
                 f"{path.parent} was trained on data with fingerprint {old}, but the data now have {corpus.fingerprint}; "
                 "restore the files, or choose another config.name."
             )
-    write_json(path, content)
+    if hosts.is_first():
+        write_json(path, content)
     return content
 
 

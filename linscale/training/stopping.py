@@ -52,7 +52,7 @@ class Sigterm:
 
     def countdown(self) -> None:
         if not self.ended.wait(self._seconds):
-            _end(f"nothing was saved within {self._seconds:g} s of SIGTERM; the last checkpoint stands.")
+            end(f"nothing was saved within {self._seconds:g} s of SIGTERM; the last checkpoint stands.")
 
 
 @contextlib.contextmanager
@@ -113,7 +113,7 @@ def watchdog(seconds: float, folder: Path):
                     file.flush()
                     faulthandler.dump_traceback(file)
                 faulthandler.dump_traceback(sys.__stderr__)
-                _end(f"{state['what']} hangs: nothing for {seconds:g} s (config.train.hang_seconds); stacks above.")
+                end(f"{state['what']} hangs: nothing for {seconds:g} s (config.train.hang_seconds); stacks above.")
 
     if seconds:
         threading.Thread(target=watch, daemon=True).start()
@@ -123,7 +123,7 @@ def watchdog(seconds: float, folder: Path):
         ended.set()
 
 
-def _end(reason: str) -> None:
+def end(reason: str) -> None:
     """Ends the process from any thread, without waiting for anything."""
     os.write(2, f"linscale: {reason} The same command continues (exit code {Restart.code}).\n".encode())
     with contextlib.suppress(Exception):  # data workers that hang themselves cannot see that this process ends

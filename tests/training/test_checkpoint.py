@@ -10,6 +10,7 @@ import pytest
 
 from linscale.config import ConfigError
 from linscale.scaling import flops
+from linscale.sharding import make_mesh
 from linscale.training import checkpoint, loop, run_folder, start, step
 
 
@@ -27,8 +28,7 @@ def saved(make):
 
 
 def restored(config, folder):
-    sharding = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-    abstract = checkpoint.abstract_like(jax.eval_shape(functools.partial(step.init, config)), sharding)
+    abstract = checkpoint.abstract_state(config, make_mesh(config.mesh))
     with checkpoint.open_folder(folder, config) as checkpointer:
         return checkpoint.restore(checkpointer, abstract)
 

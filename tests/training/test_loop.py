@@ -6,7 +6,8 @@ import pytest
 
 from linscale import cli
 from linscale.config import ConfigError
-from linscale.training import checkpoint, loop, metrics, run_folder, step
+from linscale.sharding import make_mesh
+from linscale.training import checkpoint, loop, metrics, run_folder
 
 
 def test_eval_steps_are_even_in_log_and_end_at_the_end():
@@ -70,8 +71,7 @@ def test_an_interrupted_run_continues_exactly(make, exact, tmp_path, monkeypatch
 def test_resume_restores_every_bit_of_the_state(make):
     config = make("tnl", **{"train.steps": 10, "train.checkpoint_every": 10})
     loop.train(config)
-    sharding = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-    abstract = checkpoint.abstract_like(jax.eval_shape(lambda: step.init(config)), sharding)
+    abstract = checkpoint.abstract_state(config, make_mesh(config.mesh))
     with checkpoint.open_folder(run_folder.of(config) / "checkpoints", config) as checkpointer:
         n, state, position = checkpoint.restore(checkpointer, abstract)
         assert n == 10 and int(state.step) == 10 and position["workers"] == 0
