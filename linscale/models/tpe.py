@@ -40,7 +40,7 @@ class Tpe(nnx.Module):
 
     def __call__(self, x_BTD, *, segment_ids, cache):
         state = jnp.zeros((x_BTD.shape[0], *self.coefficients.shape)) if cache is None else cache
-        y, state = toeplitz(x_BTD.astype(jnp.float32), self.coefficients[...], state, segment_ids)
+        y, state = toeplitz(x_BTD.astype(jnp.float32), self.coefficients[...], state, segment_ids, axes=Axes())
         return y.astype(x_BTD.dtype), None if cache is None else state
 
 
