@@ -84,7 +84,8 @@ def _summary(arrays, reaches, survives):
         if reaches is not None:
             k *= reaches[..., None, None]
             factor *= survives.reshape(-1, *(1,) * (factor.ndim - 1))
-        return product("bthk,bthv->bhkv", k, v, dtype), factor
+        k, v = jnp.moveaxis(k, 2, 1), jnp.moveaxis(v, 2, 1)
+        return product("bhtk,bhtv->bhkv", k, v, dtype), factor
 
     return sums(arrays["k"], arrays["v"], log_decay, arrays["phase"])
 

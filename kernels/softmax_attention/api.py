@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from linscale.kernels.axes import Axes, mesh_for
-from linscale.kernels.softmax_attention import blockwise
+from linscale.kernels.softmax_attention import blockwise, splash
 from linscale.kernels.softmax_attention.cudnn_packed import packed_attention, serves_packed
 
 _log = logging.getLogger("linscale.kernels")
@@ -34,8 +34,8 @@ def softmax_attention(
       segment_ids: [B,T] integers in runs of equal ids; a query sees keys of its own run alone. Not with offset.
       offset: the position of the first query among the keys, for decoding with a cache of S slots. May be traced.
       start: [B] integers; row b does not see keys before start[b], which are padding on its left. Only with offset.
-      implementation: "xla", "cudnn", or None: cuDNN on GPUs with bfloat16, XLA elsewhere. Documents are
-        packed without a mask on Hopper and later, a [B,1,T,T] mask before.
+      implementation: "xla", "cudnn", "splash", or None: with bfloat16 cuDNN on GPUs and splash on TPUs, XLA elsewhere.
+        cuDNN packs documents without a mask on Hopper and later, with a [B,1,T,T] mask before.
       axes: how the mesh in context (jax.set_mesh) splits batch, tokens and heads. Along the sequence axis keys and
         values are gathered and a block of queries at a time meets all of them, in XLA and with memory linear in S; the
         causal half that is masked is computed too. None, or no mesh: one device's work. Not with offset.
@@ -44,8 +44,8 @@ def softmax_attention(
       [B,T,H,K] in the dtype of q.
 
     Raises:
-      ValueError: shapes that do not fit, segment_ids or axes with offset, start without offset;
-        batch, tokens or heads that do not divide over their mesh axes.
+      ValueError: shapes that do not fit, segment_ids or axes with offset, start without offset; an implementation that
+        cannot serve; batch, tokens or heads that do not divide over their mesh axes.
     """
     if k.shape != v.shape or q.shape[::2] != k.shape[::2] or q.shape[3] != k.shape[3]:
         raise ValueError(
@@ -73,7 +73,13 @@ def softmax_attention(
     if implementation is None:
         on_gpu = jax.default_backend() == "gpu" and q.dtype == jnp.bfloat16 and q.shape[3] % 8 == 0
         implementation = "cudnn" if on_gpu and offset is None else "xla"
+        if offset is None and splash.refusal(q) is None:
+            implementation = "splash"
     _announce(implementation)
+    if implementation == "splash":
+        if reason := splash.refusal(q) or (offset is not None and "it does not decode with a cache"):
+            raise ValueError(f"implementation='splash' cannot serve: {reason}. None or 'xla' can.")
+        return splash.splash(q, k, v, segment_ids)
     if implementation == "cudnn" and segment_ids is not None and serves_packed():
         return packed_attention(q, k, v, segment_ids)
     mask = None

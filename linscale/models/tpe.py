@@ -51,7 +51,8 @@ def decays(states: int) -> np.ndarray:
 
 def toeplitz(x_BTD, coefficients_DE, state_BDE, segment_ids=None, *, axes: Axes | None = None):
     """All float32 -> (y [B,T,D], the state after the last token). A document starts where the segment id changes; the
-    first one continues the given state. axes: how the mesh in context splits batch and tokens, see `linear_attention`."""
+    first one continues the given state. axes: how the mesh in context splits batch, tokens and
+    channels, see `linear_attention`."""
     mesh = mesh_for(axes)
     if mesh is None:
         return _on_device(x_BTD, coefficients_DE, state_BDE, segment_ids)
@@ -64,8 +65,9 @@ def toeplitz(x_BTD, coefficients_DE, state_BDE, segment_ids=None, *, axes: Axes 
         return _on_device(x_BTD, coefficients_DE, before_BDE, segment_ids)[0], after_BDE
 
     arrays = {"x": x_BTD, "coefficients": coefficients_DE, "state": state_BDE, "segment_ids": segment_ids}
-    dims = {"x": "BTD", "coefficients": "DE", "state": "BDE", "segment_ids": "BT"}
-    return over_mesh(span, mesh, axes, arrays, dims, ("BTD", "BDE"))
+    # Channels are as far apart as heads are, so the axis of heads splits them.
+    dims = {"x": "BTH", "coefficients": "HE", "state": "BHE", "segment_ids": "BT"}
+    return over_mesh(span, mesh, axes, arrays, dims, ("BTH", "BHE"))
 
 
 def _states(x_BTD, initial_BDE, segment_ids, axis):

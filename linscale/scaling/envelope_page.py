@@ -275,7 +275,7 @@ def method(about: About) -> Markup:
         "Laws": "Least squares of logarithms over the bins, without an irreducible loss, as in the paper. N_opt and D_opt: "
         "from the bins whose best run is neither of the smallest nor of the largest size, unless too few are left.",
         "Intervals": f"{options.resamples:,} times the runs of an architecture are drawn again with replacement, and "
-        f"envelope and laws are made anew; 95 % percentiles (seed {options.seed}). They hold what the choice of runs "
+        f"envelope and laws are made anew; percentiles of 95 %, further out by two degrees of freedom (seed {options.seed}). They hold what the choice of runs "
         "changes, not another corpus or another form of the law; with few runs they are rather too narrow.",
         "Scatter": "Root mean square of the envelope about the law, in per cent of the loss.",
         "Compute": f"C is {about.compute}; 1 PFLOP/s-day is 8.64e19 operations.",

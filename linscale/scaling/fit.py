@@ -156,7 +156,8 @@ def chosen(options: argparse.Namespace) -> laws.Options:
         raise ConfigError(f"--smoothing is {smoothing}; it must lie between 0 (none) and 1 decade of compute.")
     if not 1 <= bins <= 1000:
         raise ConfigError(f"--bins is {bins}; it must lie between 1 and 1000 bins a decade of compute.")
-    skip = getattr(options, "skip", laws.SKIP_SHARE)
+    skip = getattr(options, "skip", None)
+    skip = laws.SKIP_SHARE if skip is None else skip
     if not 0 <= skip < 1:
         raise ConfigError(f"--skip is {skip}; it must be at least 0 and below 1, the share of each run left out.")
     n = options.n if options.n in runs.SIZES else "nonembedding"  # of a file: a column
@@ -179,7 +180,10 @@ def add_form_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--smoothing", type=float, metavar="DECADES", help="envelope: of C, sd of the window (0.05)")
     parser.add_argument("--bins", type=int, default=laws.BINS_PER_DECADE, help="envelope: bins a decade of C (10)")
     parser.add_argument(
-        "--skip", type=float, default=laws.SKIP_SHARE, help="envelope: share of each run left out (0.1)"
+        "--skip",
+        type=float,
+        metavar="SHARE",
+        help="envelope: of each run left out (0.1; of curves in a file less, if they are best where they begin)",
     )
     parser.add_argument("--joint", action="store_true", help="do the groups share their exponents, or the whole law?")
     parser.add_argument("--profile", action="store_true", help="also intervals by profile likelihood")
@@ -188,7 +192,14 @@ def add_form_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--loss-kind", choices=KINDS, default="huber", help="what is minimised (huber)")
     parser.add_argument("--delta", type=float, default=1e-3, help="of the Huber loss, in log loss (1e-3)")
     parser.add_argument("--reduction", choices=("sum", "mean"), default="sum", help="of the printed objective (sum)")
-    parser.add_argument("--drop-worst", type=int, default=0, metavar="K", help="leave out the K runs of highest loss")
+    parser.add_argument(
+        "--drop-worst",
+        type=int,
+        default=0,
+        metavar="K",
+        help="leave out the K runs of highest loss, as arXiv 2404.10102 did with 5 of 245 (0)",
+    )
+    parser.add_argument("--starts", type=int, default=144, help="about so many, a grid of the exponents (144)")
     parser.add_argument("--backtest", type=int, default=0, metavar="K", help="predict the K runs of greatest compute")
     parser.add_argument("--budget", type=float, nargs="+", default=[], metavar="FLOPS", help="give the optimal N and D")
     parser.add_argument("--compute-model", choices=("6nd", "counted"), default="6nd", help="C of N and D (6nd)")

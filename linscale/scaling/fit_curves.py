@@ -4,6 +4,7 @@ A row is a point of a curve: the run (--run), its N, the tokens seen or the comp
 """
 
 import argparse
+import dataclasses
 import json
 from pathlib import Path
 
@@ -18,15 +19,18 @@ RUNS = ("run", "run_name", "name", "run_id")
 
 def main(arguments: argparse.Namespace) -> int:
     smoothing = laws.SMOOTHING if arguments.smoothing is None else arguments.smoothing
-    options = laws.Options(
-        "train", "exact", arguments.resamples, arguments.seed, smoothing, arguments.bins, arguments.skip
-    )
+    options = laws.Options("train", "exact", arguments.resamples, arguments.seed, smoothing, arguments.bins)
     columns = tables.Columns(
         *(getattr(arguments, option) for option in ("n", "d", "loss", "flops")), where=tuple(arguments.where)
     )
     results, fits, lines, said = [], {}, {}, []
     counted = "6 N D" if arguments.flops is None else "as counted"
-    for name, (group, notes) in read(arguments.folder[0], columns, arguments.run, arguments.group).items():
+    groups = read(arguments.folder[0], columns, arguments.run, arguments.group)
+    if arguments.skip is None:
+        options = laws.settled([group for group, _ in groups.values()], options)
+    else:
+        options = dataclasses.replace(options, skip=arguments.skip)
+    for name, (group, notes) in groups.items():
         try:
             found = laws.fit_curves(name or "The file", group, options)
         except ConfigError as error:
@@ -110,20 +114,8 @@ def settings(options: laws.Options) -> str:
     return f"{options.bins} bins a decade of C; {smooth}; the first {options.skip:.0%} of each run left out"
 
 
-def powers(found: laws.Fit) -> dict[str, tuple[str, laws.Power]]:
-    return {"N": ("N_opt(C), parameters", found.n_opt), "D": ("D_opt(C), tokens", found.d_opt)}
-
-
-def coefficients(found: laws.Fit) -> dict[str, tuple[float, tuple[float, float]]]:
-    out = {"L_coefficient": (found.a, found.a_interval), "L_exponent": (found.b, found.b_interval)}
-    for letter, (_, power) in powers(found).items():
-        out[f"{letter}_coefficient"] = power.coefficient, power.coefficient_interval
-        out[f"{letter}_exponent"] = power.exponent, power.exponent_interval
-    return out
-
-
 def as_lines(name: str, found: laws.Fit, options: laws.Options, n: str, counted: str, notes) -> list[str]:
-    rows = [(key, value, *ends) for key, (value, ends) in coefficients(found).items()]
+    rows = [(key, value, *ends) for key, (value, ends) in found.coefficients.items()]
     return [
         f"{name + ': ' if name else ''}L, N_opt and D_opt = coefficient C^exponent on the envelope of {len(found.runs)} curves",
         f"C in PFLOP/s-days, {counted}; N is {n}; {settings(options)}.",
@@ -137,7 +129,7 @@ def as_lines(name: str, found: laws.Fit, options: laws.Options, n: str, counted:
 
 
 def as_json(name: str, found: laws.Fit, options: laws.Options, n: str, counted: str, notes) -> dict:
-    values = coefficients(found)
+    values = found.coefficients
     out = {
         "form": "envelope",
         "coefficients": {key: value for key, (value, _) in values.items()},

@@ -27,6 +27,8 @@ def main(arguments: argparse.Namespace) -> int:
     loss = Loss(arguments.loss_kind, arguments.delta, arguments.reduction)
     if not (math.isfinite(loss.delta) and loss.delta > 0):
         raise ConfigError(f"--delta is {loss.delta}; it must be a positive number.")
+    if not 1 <= arguments.starts <= 1_000_000:
+        raise ConfigError(f"--starts is {arguments.starts}; it must lie between 1 and 1000000.")
     if arguments.drop_worst < 0:
         raise ConfigError(f"--drop-worst is {arguments.drop_worst}; it must be at least 0.")
     for budget in arguments.budget:
@@ -132,11 +134,14 @@ def _one(name: str, runs: parametric.Runs, loss: Loss, arguments, notes: list[st
     else:
         if arguments.backtest:  # before the fit, which takes longer
             optimum.check_backtest(runs, arguments.backtest)
-        found = parametric.fit(arguments.form, runs, loss, arguments.resamples, arguments.seed)
+        grid = math.ceil(math.sqrt(arguments.starts))
+        found = parametric.fit(arguments.form, runs, loss, arguments.resamples, arguments.seed, grid=grid)
         formula, method = found.form.formula, KIND_NAMES[loss.kind].format(**dataclasses.asdict(loss))
     notes += found.warnings
-    counted = "as counted" if runs.flops is not None else "6 N D"
-    lines = [f"{name + ': ' if name else ''}{formula}", f"{method}; {len(runs)} runs; N is {runs.n_name}; C {counted}."]
+    lines = [
+        f"{name + ': ' if name else ''}{formula}",
+        f"{method}; {len(runs)} runs; N is {runs.n_name}; C {runs.counted}; D is {runs.d_name}.",
+    ]
     lines += [f"Intervals: 95 %, {arguments.resamples} draws of the runs with replacement, seed {arguments.seed}.", ""]
     lines += printing.table(
         ("coefficient", "value", "95 % low", "95 % high"),
@@ -152,9 +157,12 @@ def _one(name: str, runs: parametric.Runs, loss: Loss, arguments, notes: list[st
         if not loss.kind.startswith("lsq")
         else dataclasses.asdict(loss) | {"delta": None},
         "n_runs": len(runs),
+        "n": runs.n_name,
+        "d": runs.d_name,
+        "compute": runs.counted,
     }
     if name:
-        out |= {"arch": name, "n": runs.n_name}
+        out["arch"] = name
     if arguments.profile:
         ends = profile.profile(found)
         lines += ["", "Profile likelihood, 95 % (Huber likelihood with a fitted scale, delta 1.345; - : no end):"]

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from linscale.config import ConfigError
-from linscale.scaling import fit_plots, hardware_days, joint, optimum, paper, parametric, tasks
+from linscale.scaling import fit_plots, hardware_days, joint, optimum, paper, parametric, tables, tasks
 from linscale.scaling.appearance import style_of
 from linscale.scaling.drawing import Drawn, save
 from linscale.scaling.fit import short
@@ -18,6 +18,7 @@ from linscale.scaling.flops import PF_DAY
 from linscale.scaling.group import Group
 from linscale.scaling.page import Markup, Number, amount, element, escape, figure, minus, page, power, table
 
+FOLDED = 60  # rows of the table of runs, above which it opens by a click
 NONE = "\N{EN DASH}"
 FRONTIER = 25  # budgets of a line
 BEYOND = 100.0  # times the greatest compute of the runs
@@ -178,8 +179,9 @@ def _title(groups: list[Group], about: About) -> str:
 def convention(runs: parametric.Runs, about: About) -> str:
     counted = "C is counted, from the file's or the trainer's FLOPs" if runs.flops is not None else "C is 6 N D"
     n = f"the column {runs.n_name!r}, as the file counts parameters" if about.columns else runs.n_name
+    d = f" D is {runs.d_name}." if runs.d_name == tables.DERIVED else ""
     best = " The budgets take C = 6 N D." if about.compute == "6nd" and runs.flops is not None else ""
-    return f"N is {n}; {counted}.{best} Loss is in nats per token unless the data say otherwise."
+    return f"N is {n}; {counted}.{d}{best} Loss is in nats per token unless the data say otherwise."
 
 
 def _head(groups: list[Group], about: About) -> Markup:
@@ -365,7 +367,10 @@ def _runs(groups: list[Group]) -> list[Markup]:
                     Number(f"{100 * off:+.2f} %".replace("-", "\N{MINUS SIGN}"), off) if group.law else NONE,
                 ]
             )
-    return [element("h2", "All runs"), table(head, rows, words=2)]
+    whole = table(head, rows, words=2)
+    if len(rows) > FOLDED:
+        whole = element("details", element("summary", f"{len(rows)} runs"), whole)
+    return [element("h2", "All runs"), whole]
 
 
 def _method(about: About) -> Markup:

@@ -5,7 +5,8 @@ Approach 1 of Hoffmann et al. (arXiv 2203.15556), as in the paper; what the pape
 1. **Curves.** Held-out loss (default) or training loss of each finished run against compute C in PFLOP/s-days. Points
    up to twice the warm-up are left out, and so is the first SKIP_SHARE of a run's tokens: there a model is learning
    what every model learns, and the loss says nothing of its size. If most runs come onto the envelope where they
-   begin to speak, this rule and not the loss chooses the sizes; Fit.late says so.
+   begin to speak, this rule and not the loss chooses the sizes; Fit.late says so. Of curves in a file the share is the
+   largest of SKIP_SHARES at which at most a quarter of the runs do (`settled`), unless one is given.
 2. **Bins.** C is cut into BINS_PER_DECADE bins a decade; a bin's loss is the run's curve at the centre of the bin.
    Held-out loss: linear interpolation of log L in log C. Training loss is noisy, and a minimum of noisy values is too
    low: it is smoothed by a local straight line of log L in log C with Gaussian weights of sd SMOOTHING decades.
@@ -21,26 +22,31 @@ Approach 1 of Hoffmann et al. (arXiv 2203.15556), as in the paper; what the pape
    been better, which makes N_opt too flat (measured: 0.456 where 0.5 was planted). If fewer than MIN_BINS bins are
    left, all are taken and Fit.ends_taken says so. With few sizes N_opt is a staircase and says little.
 5. **Intervals.** The runs of the architecture are drawn again with replacement, and 3 and 4 repeated. A draw whose
-   envelope has fewer than MIN_BINS bins cannot be fitted; it is counted as failed and left out. Percentiles 2.5 and
-   97.5 of the others. With n runs there are few different draws, so that the intervals of few runs are rather too
-   narrow (of 5 runs whose losses scatter by 1 % about a planted law, they held the true b in 94 of 100 ladders, of 12
-   runs in 89). The envelope of fewer runs is never lower, so that bands lie more above the law than below it. The
-   intervals say nothing of another seed, another corpus, or another form of the law.
+   envelope has fewer than MIN_BINS bins cannot be fitted; it is counted as failed and left out. Of the others the
+   percentiles at +-1.96 sqrt(n / (n - 2)) standard deviations of a normal, as n runs scatter too little by the two
+   coefficients. Coverage: experiments/scaling/recovery.py. The envelope of fewer runs is never lower, so that bands
+   lie more above the law than below it. The intervals say nothing of another seed, another corpus, or another form of
+   the law, nor of rule 1 (Fit.late): where runs begin to speak near their best tokens and go on far beyond, noise picks
+   runs that are trained too long, and N_opt is too low.
 
 Curve i of R runs, bin g of G, draw s of S.
 """
 
+import contextlib
 import dataclasses
+import math
 
 import numpy as np
 
 from linscale.config import ARCHITECTURES, ConfigError
 from linscale.scaling import runs as runs_
+from linscale.scaling.envelope import MIN_BINS, envelopes, least_squares, local_line
 
 BINS_PER_DECADE = 10
-SKIP_SHARE = 0.1  # of a run's tokens
+SKIP_SHARES = (0.1, 0.05, 0.03, 0.02, 0.01)  # of a run's tokens
+SKIP_SHARE = SKIP_SHARES[0]
+SETTLED = 0.25  # of the runs may come onto the envelope where they begin to speak
 SMOOTHING = 0.05  # decades of compute
-MIN_BINS = 4
 MIN_RUNS = 2
 ENDS_TAKEN = "N_opt and D_opt of {} rest on its smallest and largest size too, so they are too flat; train more sizes."
 LATE = "Most runs of {} are best where they begin to speak: sizes are chosen by the share of a run that is left out."
@@ -98,6 +104,7 @@ class Power:
     points: np.ndarray  # [G]
     band: np.ndarray  # [2, G] 95 % of the law
     draws: np.ndarray  # [S, 2] coefficient and exponent of the draws that could be fitted
+    percentiles: tuple[float, float]  # of the draws, for 95 %
 
     def __call__(self, compute):
         return self.coefficient * compute**self.exponent
@@ -106,7 +113,7 @@ class Power:
         """95 % of the law at any compute; NaN without draws."""
         if not len(self.draws):
             return np.nan, np.nan
-        low, high = np.percentile(self.draws[:, 0] * compute ** self.draws[:, 1], [2.5, 97.5])
+        low, high = np.percentile(self.draws[:, 0] * compute ** self.draws[:, 1], self.percentiles)
         return float(low), float(high)
 
 
@@ -131,10 +138,22 @@ class Fit:
     n_opt: Power  # parameters; NaN among the points where the bin has no part in it
     d_opt: Power  # tokens
     ends_taken: bool  # N_opt and D_opt rest on the smallest and largest size, too
-    late: bool  # most runs come onto the envelope in the first bin in which they speak
+    late_share: float  # of the runs: those that come onto the envelope in the first bin in which they speak
+
+    @property
+    def late(self) -> bool:
+        return self.late_share > 0.5
+
+    @property
+    def coefficients(self) -> dict[str, tuple[float, tuple[float, float]]]:
+        out = {"L_coefficient": (self.a, self.a_interval), "L_exponent": (self.b, self.b_interval)}
+        for letter, power in (("N", self.n_opt), ("D", self.d_opt)):
+            out[f"{letter}_coefficient"] = power.coefficient, power.coefficient_interval
+            out[f"{letter}_exponent"] = power.exponent, power.exponent_interval
+        return out
 
     def __call__(self, compute):
-        return self.a * compute**self.b
+        return self.law(compute)
 
 
 def fit_ladder(ladder: runs_.Ladder, options: Options = Options()) -> tuple[dict[str, Fit], list[str]]:
@@ -197,7 +216,10 @@ def fit_curves(arch: str, group: list[Curve], options: Options = Options()) -> F
         inside_SG = np.isfinite(envelope_SG)
     gap_SG = np.where(inside_SG, 0.0, np.inf)
     tokens_SG = tokens_RG[best_SG, np.arange(len(grid_G))]
-    law, n_opt, d_opt = (_power(grid_G, y_SG) for y_SG in (envelope_SG, log_n_R[best_SG] + gap_SG, tokens_SG + gap_SG))
+    ends = _percentiles(len(group))
+    law, n_opt, d_opt = (
+        _power(grid_G, y_SG, ends) for y_SG in (envelope_SG, log_n_R[best_SG] + gap_SG, tokens_SG + gap_SG)
+    )
     slope_S = least_squares(grid_G, envelope_SG[1:])[1]
     return Fit(
         arch=arch,
@@ -217,14 +239,28 @@ def fit_curves(arch: str, group: list[Curve], options: Options = Options()) -> F
         n_opt=n_opt,
         d_opt=d_opt,
         ends_taken=ends_taken,
-        late=_late(loss_RG, best_SG[0]),
+        late_share=_late_share(loss_RG, best_SG[0]),
     )
 
 
-def _late(loss_RG, best_G) -> bool:
+def settled(groups: list[list[Curve]], options: Options) -> Options:
+    """The options with the largest skipped share at which the loss chooses the sizes of every group (rule 1); with
+    SKIP_SHARE where there is none. Groups that cannot be fitted have no say."""
+    for share in SKIP_SHARES:
+        tried = dataclasses.replace(options, skip=share, resamples=0)
+        late = []
+        for group in groups:
+            with contextlib.suppress(ConfigError):
+                late.append(fit_curves("", group, tried).late_share > SETTLED)
+        if not any(late):
+            return dataclasses.replace(options, skip=share)
+    return dataclasses.replace(options, skip=SKIP_SHARE)
+
+
+def _late_share(loss_RG, best_G) -> float:
     at = np.flatnonzero(np.diff(best_G)) + 1  # where another run takes over
     first_R = np.isfinite(loss_RG).argmax(1)
-    return bool(len(at) and np.mean(first_R[best_G[at]] == at) > 0.5)
+    return float(np.mean(first_R[best_G[at]] == at)) if len(at) else 0.0
 
 
 def _between(log_n_R, chosen_SR, best_SG) -> np.ndarray:
@@ -244,7 +280,14 @@ def _best(loss_RG: np.ndarray, chosen_SR: np.ndarray) -> np.ndarray:
     return best_SG
 
 
-def _power(grid_G: np.ndarray, y_SG: np.ndarray) -> Power:
+def _percentiles(runs: int) -> tuple[float, float]:
+    """Those of 95 %, further out by the two degrees of freedom of a straight line, see rule 5."""
+    runs = max(3, runs)
+    share = 50 * math.erfc(1.96 * math.sqrt(runs / (runs - 2) / 2))
+    return share, 100 - share
+
+
+def _power(grid_G: np.ndarray, y_SG: np.ndarray, ends: tuple[float, float]) -> Power:
     """Of the first row, with intervals from the others; y and grid in log10, inf where a row has no point."""
     (intercept, *intercept_S), (slope, *slope_S) = least_squares(grid_G, y_SG)
     intercept_S, slope_S = np.array(intercept_S), np.array(slope_S)
@@ -254,7 +297,7 @@ def _power(grid_G: np.ndarray, y_SG: np.ndarray) -> Power:
     def interval(values):
         if not len(values):
             return np.full((2, *values.shape[1:]), np.nan)
-        return np.percentile(values, [2.5, 97.5], axis=0)
+        return np.percentile(values, ends, axis=0)
 
     return Power(
         coefficient=float(10**intercept),
@@ -264,6 +307,7 @@ def _power(grid_G: np.ndarray, y_SG: np.ndarray) -> Power:
         points=np.where(np.isfinite(y_SG[0]), 10 ** np.where(np.isfinite(y_SG[0]), y_SG[0], 0.0), np.nan),
         band=10 ** interval(intercept_S[:, None] + slope_S[:, None] * grid_G),
         draws=np.stack([10**intercept_S, slope_S], 1),
+        percentiles=ends,
     )
 
 
@@ -310,51 +354,6 @@ def _usable(curve: Curve, skip: float) -> tuple[np.ndarray, np.ndarray, np.ndarr
         return *columns, np.inf
     start = np.log10(max(curve.compute[-1] * skip, 1e-300))  # compute grows in proportion to tokens within a run
     return *columns, float(max(start, columns[0][0]))
-
-
-def local_line(at: np.ndarray, x: np.ndarray, y: np.ndarray, width: float = SMOOTHING) -> np.ndarray:
-    """y smoothed at `at`: a straight line with Gaussian weights about each place, so that the ends are not biased."""
-    weight = np.exp(-0.5 * ((at[:, None] - x) / width) ** 2)
-    weight /= np.maximum(weight.sum(1, keepdims=True), 1e-300)
-    mean_x, mean_y = weight @ x, weight @ y
-    spread = (weight * (x - mean_x[:, None]) ** 2).sum(1)
-    slope = (weight * (x - mean_x[:, None]) * y).sum(1) / np.maximum(spread, 1e-12)
-    smooth = mean_y + slope * (at - mean_x)
-    # Between points further apart than the window (sparse logs) the line rests on one point: interpolate instead.
-    return np.where(spread > (0.3 * width) ** 2, smooth, np.interp(at, x, y))
-
-
-def envelopes(loss_RG: np.ndarray, chosen_SR: np.ndarray) -> np.ndarray:
-    """[S, G]: the least log loss of the chosen runs in each bin, inf in bins that are none, see rule 3."""
-    runs, bins = loss_RG.shape
-    out_SG = np.full((len(chosen_SR), bins), np.inf)
-    for chosen_S, row_G in zip(chosen_SR.T, loss_RG):
-        np.minimum(out_SG, np.where(chosen_S[:, None], row_G, np.inf), out=out_SG)
-    speaks_RG = np.isfinite(loss_RG)
-    first_R = np.where(speaks_RG.any(1), speaks_RG.argmax(1), bins)
-    last_R = bins - 1 - speaks_RG[:, ::-1].argmax(1)
-    first_SR = np.where(chosen_SR, first_R, bins)
-    earliest_S = first_SR.argmin(1)
-    second_S = np.partition(first_SR, 1, axis=1)[:, 1] if runs > 1 else np.full(len(out_SG), bins)
-    from_S = np.where(second_S < bins, np.minimum(second_S, last_R[earliest_S]), 0)
-    out_SG = np.where(np.arange(bins) >= from_S[:, None], out_SG, np.inf)
-    before_SG = np.minimum.accumulate(out_SG, axis=1)
-    before_SG = np.concatenate([np.full((len(out_SG), 1), np.inf), before_SG[:, :-1]], axis=1)
-    return np.where(out_SG < before_SG, out_SG, np.inf)
-
-
-def least_squares(x_G: np.ndarray, y_SG: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Intercepts and slopes [S] of y on x over each row's finite values; NaN for rows with fewer than MIN_BINS."""
-    weight_SG = np.isfinite(y_SG).astype(np.float64)
-    y_SG = np.where(weight_SG > 0, y_SG, 0.0)
-    n_S = weight_SG.sum(1)
-    enough_S = n_S >= MIN_BINS
-    n_S = np.maximum(n_S, 1)
-    mean_x_S, mean_y_S = (weight_SG * x_G).sum(1) / n_S, y_SG.sum(1) / n_S
-    dx_SG = weight_SG * (x_G - mean_x_S[:, None])
-    slope_S = (dx_SG * y_SG).sum(1) / np.where(enough_S, (dx_SG**2).sum(1), 1.0)
-    slope_S = np.where(enough_S, slope_S, np.nan)
-    return mean_y_S - slope_S * mean_x_S, slope_S
 
 
 def _notes(ladder: runs_.Ladder) -> list[str]:

@@ -33,7 +33,8 @@ KINDS = ("huber", "lsq", "lsq-unlogged", "huber-scale")
 STAGES = 5  # least squares, then delta times 3^3 ... 3^0
 LANES = 256  # in one call: its arrays stay in the cache
 ROUND = 8  # steps between two looks at which lanes have ended or met
-MAX_STEPS = 48 * ROUND
+MAX_STEPS = 192 * ROUND
+EARLY, FEW = 48 * ROUND, 8  # of many starts with the same weights only the best go on after so many steps
 SAME = 1e-3  # in standardised parameters
 SMALL = 7  # parameters, up to which the linear equations are written out
 TOLERANCE = 1e-8  # of a step, in standardised parameters
@@ -103,6 +104,8 @@ def minimise(log_loss: Callable, theta_SP, data, target_N, weight_SN, lower_P, u
                 todo = todo[~state["done"][todo]]
                 if alike:
                     todo = _merge(todo, state, leader)
+                if alike and taken >= EARLY:
+                    todo = todo[np.argsort(state["value"][todo])[:FEW]]
     while (leader[leader] != leader).any():
         leader = leader[leader]
     state = {key: value[leader] for key, value in state.items()}

@@ -32,6 +32,7 @@ class Runs:
     flops: np.ndarray | None = None  # counted
     names: tuple[str, ...] = ()
     n_name: str = "N"
+    d_name: str = "D"
     tasks: dict[str, np.ndarray] = dataclasses.field(default_factory=dict)  # accuracy or error, by benchmark
 
     def __len__(self) -> int:
@@ -40,6 +41,10 @@ class Runs:
     @property
     def compute(self) -> np.ndarray:
         return 6 * self.n * self.d if self.flops is None else self.flops
+
+    @property
+    def counted(self) -> str:
+        return "6 N D" if self.flops is None else "as counted"
 
     def take(self, rows) -> "Runs":
         pick = {f: getattr(self, f) for f in ("n", "d", "loss", "unique", "flops")}
@@ -107,8 +112,10 @@ def fit(
     resamples: int = 1000,
     seed: int = 0,
     starts: np.ndarray | None = None,
+    grid: int = GRID,
 ) -> Fit:
-    """The best of many starts and `resamples` bootstrap refits. starts: coefficients [S, P] instead of the grid.
+    """The best of many starts and `resamples` bootstrap refits. starts: coefficients [S, P] instead of the grid, which
+    has `grid` values of each exponent.
 
     Raises ConfigError for data that cannot be fitted at all; doubtful data get a sentence in Fit.warnings.
     """
@@ -118,7 +125,7 @@ def fit(
     data, target = forms.data(runs.n, runs.d, runs.unique, at), np.log(runs.loss)
     low, high = forms.bounds(form, at, target)
     if starts is None:
-        starts = form.starts(runs.n, runs.d, runs.unique, runs.loss, GRID)
+        starts = form.starts(runs.n, runs.d, runs.unique, runs.loss, grid)
     theta = form.theta(starts, at)
     theta = theta[np.isfinite(theta).all(1)]
     found = minimise(form.log_loss, theta, data, target, np.ones((1, len(runs))), low, high, loss)

@@ -18,7 +18,8 @@ from linscale.scaling.parametric import Runs
 
 SIZES = tuple(runs_.SIZES)
 NAMES = ("name", "run", "run_name", "model")
-TOKENIZERS = ("tokenizer", "vocab_size")
+TOKENIZERS = ("tokenizer", "tokenizer_name", "vocab_size", "vocab")
+DERIVED = "C / (6 N)"
 SCHEDULES = ("schedule", "lr_schedule")
 
 
@@ -109,6 +110,7 @@ def _table(path: Path, rows: list[tuple[int, dict]], columns: Columns) -> tuple[
         flops=flops,
         names=tuple(str(_first(row, NAMES) or f"row {i}") for i, row in rows),
         n_name=columns.n,
+        d_name=columns.d or DERIVED,
         tasks={name: _numbers(path, rows, name, "task", positive=False) for name in columns.tasks},
     )
     return runs, [], [row for _, row in rows], [number for number, _ in rows]
@@ -140,6 +142,7 @@ def from_ladder(ladder: runs_.Ladder, size: str) -> tuple[dict[str, Runs], list[
             flops=np.array([run.last.flops[0] for run in members], np.float64),
             names=tuple(run.name for run in members),
             n_name=runs_.SIZES[size],
+            d_name="tokens seen",
         )
     return tables, notes
 
@@ -196,7 +199,7 @@ def _units(runs: Runs) -> list[str]:
         notes.append(f"N looks wrong (median {np.median(runs.n):.3g} parameters): given in millions or billions?")
     if np.median(runs.d) < 1e5:
         notes.append(f"D looks wrong (median {np.median(runs.d):.3g} tokens): given in millions or billions?")
-    if np.median(runs.loss) > 15:
+    if np.median(runs.loss) > 8:  # a guess over 3,000 tokens; models that have learnt anything are below
         notes.append(f"The loss looks wrong (median {np.median(runs.loss):.3g} nats per token): a perplexity?")
     return notes
 

@@ -57,14 +57,14 @@ def draw(seed, tokens, kind, *, state=True, segments=False, tied_key=False):
     return arrays, ids
 
 
-def run(implementation, arrays, ids, seed):
+def run(implementation, arrays, ids, seed, axes=None):
     """(out, state, and the gradient of a random projection of both in every array), as numpy."""
     rng = np.random.default_rng(seed + 1)
 
     def outputs(arrays):
         named = dict(arrays)
         q, k, v = named.pop("q"), named.pop("k", None), named.pop("v")
-        return linear_attention(q, k, v, segment_ids=ids, implementation=implementation, **named)
+        return linear_attention(q, k, v, segment_ids=ids, implementation=implementation, axes=axes, **named)
 
     arrays = jax.tree.map(jnp.asarray, arrays)
     # bfloat16 values, so that rounding the cotangent of a bfloat16 output loses nothing.

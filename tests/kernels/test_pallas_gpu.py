@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import test_linear_attention as shared
 
-from linscale.kernels import linear_attention
+from linscale.kernels import Axes, linear_attention
 from linscale.kernels.linear_attention import pallas_gpu
 
 old = tuple(int(x) for x in jax.__version__.split(".")[:2]) < (0, 11)
@@ -53,6 +53,24 @@ def test_forward_and_backward_lower(kind, tokens, channels, state, segments):
 
     text = jax.jit(jax.value_and_grad(loss)).trace(arrays, ids).lower(lowering_platforms=("cuda",)).as_text()
     assert "mosaic_gpu" in text
+
+
+@lowers
+@pytest.mark.parametrize("kind", ("none", "scalar", "phase", "vector", "tied"))
+def test_forward_and_backward_lower_on_every_device_of_a_mesh(kind, monkeypatch):
+    """Dispatch sees the shapes and the machine of a device, two of the sequence axis."""
+    monkeypatch.setattr(pallas_gpu, "on_hopper", lambda: True)
+    arrays, ids = shapes(kind, 512, 128, state=False, segments=True, heads=4)
+
+    def loss(arrays, ids):
+        return linear_attention(**arrays, segment_ids=ids, axes=Axes())[0].astype(jnp.float32).sum()
+
+    auto = (jax.sharding.AxisType.Auto,) * 4
+    mesh = jax.sharding.AbstractMesh((1, 2, 2, 2), ("data", "fsdp", "sequence", "tensor"), axis_types=auto)
+    with jax.sharding.use_abstract_mesh(mesh):
+        text = jax.jit(jax.grad(loss)).trace(arrays, ids).lower(lowering_platforms=("cuda",)).as_text()
+    assert "mosaic_gpu" in text
+    assert "collective_permute" in text
 
 
 @pytest.mark.parametrize("rows", (1, 6, 16, 64, 96, 128, 300))

@@ -13,7 +13,7 @@ import test_linear_attention as shared
 from jax.experimental import topologies
 from jax.experimental.pallas import tpu as pltpu
 
-from linscale.kernels import linear_attention
+from linscale.kernels import Axes, linear_attention
 from linscale.kernels.linear_attention import pallas_tpu
 
 GENERATIONS = {"v4": "v4:2x2x1", "v5e": "v5e:2x2", "v5p": "v5p:2x2x1", "v6e": "v6e:2x2", "tpu7x": "tpu7x:2x2x1"}
@@ -103,14 +103,18 @@ def test_refusal_of_channels(interpreted):
         linear_attention(x, x, x, implementation="pallas_tpu")
 
 
-def topology_mesh(generation):
+def topology_devices(generation):
     pytest.importorskip("libtpu")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("TPU_SKIP_MDS_QUERY", "1")
         patch.setenv("TPU_WORKER_HOSTNAMES", "localhost")
         patch.setenv("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")  # a process that only compiles holds no chip
         devices = topologies.get_topology_desc(GENERATIONS[generation], "tpu").devices
-    return jax.sharding.Mesh(np.array(devices[:1]), ("data",))
+    return np.array(devices)
+
+
+def topology_mesh(generation):
+    return jax.sharding.Mesh(topology_devices(generation)[:1], ("data",))
 
 
 def compiled(mesh, kind, batch, tokens, heads, channels, *, gradient, dtype=jnp.bfloat16, state=False, segments=False):
@@ -153,3 +157,36 @@ class TestCompiles:
         mesh = topology_mesh(generation)
         for dtype in (jnp.bfloat16, jnp.float32):
             compiled(mesh, kind, 2, 1000, 3, 64, gradient=True, dtype=dtype, state=True, segments=True)
+
+
+@pytest.mark.tpu_compile
+@pytest.mark.parametrize("kind", ("none", "scalar", "phase", "vector", "tied"))
+def test_compiles_on_every_device_of_a_mesh(kind):
+    """Packed documents over four chips, two of the sequence axis: the kernels, and nothing but states between chips."""
+    names = ("data", "fsdp", "sequence", "tensor")
+    mesh = jax.sharding.Mesh(topology_devices("v5p").reshape(1, 1, 2, 2), names)
+
+    def array(shape, dtype, *axes):
+        sharding = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(*axes))
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
+
+    x = array((2, 2048, 4, 128), jnp.bfloat16, "data", "sequence", "tensor")
+    named = {
+        "scalar": {"log_decay": array((4,), jnp.float32, "tensor")},
+        "phase": {"phase": array((4, 128), jnp.float32, "tensor")},
+        "vector": {"log_decay": array(x.shape, jnp.float32, "data", "sequence", "tensor")},
+        "tied": {"log_decay": x},
+    }.get(kind, {})
+    arrays = {"q": x, "k": None if kind == "tied" else x, "v": x, **named}
+
+    def loss(arrays, ids):
+        return linear_attention(**arrays, segment_ids=ids, axes=Axes())[0].astype(jnp.float32).sum()
+
+    with jax.set_mesh(mesh):
+        ids = array(x.shape[:2], jnp.int32, "data", "sequence")
+        text = jax.jit(jax.grad(loss)).lower(arrays, ids).compile().as_text()
+    assert text.count('custom_call_target="tpu_custom_call"') == 2
+    assert " collective-permute" in text
+    assert not any(
+        f" {name}" in text for name in ("all-gather(", "all-gather-start(", "all-to-all(", "reduce-scatter(")
+    )

@@ -6,9 +6,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.experimental import topologies
 
-from linscale.kernels import softmax_attention
-from linscale.kernels.softmax_attention import blockwise, cudnn_packed
+from linscale.kernels import Axes, softmax_attention
+from linscale.kernels.softmax_attention import blockwise, cudnn_packed, splash
 
 
 def reference(q, k, v, ids=None, offset=0):
@@ -91,3 +92,57 @@ def test_packed_cudnn_equals_a_mask(documents_a_row, tokens):
     for a, b in zip((out, *pull(d_out)), (want, *pull_exact(d_out.astype(jnp.float32))), strict=True):
         a, b = (np.asarray(x, np.float64) for x in (a, b))
         assert np.sqrt(np.mean((a - b) ** 2)) / np.sqrt(np.mean(b**2)) < 1e-2
+
+
+@pytest.mark.parametrize("documents", (False, True))
+def test_splash_equals_xla(monkeypatch, documents):
+    """The TPU kernel in interpret mode, bfloat16: values and gradients."""
+    monkeypatch.setattr(splash, "INTERPRET", True)
+    rng = np.random.default_rng(2)
+    arrays = [jnp.asarray(x, jnp.bfloat16) for x in rng.normal(size=(4, 2, 256, 2, 64))]
+    ids = jnp.asarray(np.cumsum(rng.random((2, 256)) < 0.02, axis=1)) if documents else None
+
+    def run(implementation, dtype):
+        *qkv, weight = (x.astype(dtype) for x in arrays)
+        loss = lambda *qkv: (softmax_attention(*qkv, segment_ids=ids, implementation=implementation) * weight).sum()  # noqa: E731
+        return jax.grad(lambda *x: loss(*x).astype(jnp.float32), (0, 1, 2))(*qkv), softmax_attention(
+            *qkv, segment_ids=ids, implementation=implementation
+        )
+
+    ours, theirs = jax.tree.leaves(run(None, jnp.bfloat16)), jax.tree.leaves(run("xla", jnp.float32))
+    for one, other in zip(ours, theirs):
+        assert np.linalg.norm(one - other) < 8e-3 * np.linalg.norm(other)
+
+
+@pytest.mark.parametrize(
+    "shape, dtype, reason",
+    [
+        ((1, 100, 2, 64), jnp.bfloat16, "multiples of 128 tokens"),
+        ((1, 128, 2, 64), jnp.float32, "it takes bfloat16"),
+    ],
+)
+def test_splash_says_why_it_cannot_serve(monkeypatch, shape, dtype, reason):
+    x = jnp.zeros(shape, dtype)
+    with pytest.raises(ValueError, match="it needs a TPU"):
+        softmax_attention(x, x, x, implementation="splash")
+    monkeypatch.setattr(splash, "INTERPRET", True)
+    with pytest.raises(ValueError, match=reason):
+        softmax_attention(x, x, x, implementation="splash")
+
+
+@pytest.mark.tpu_compile
+@pytest.mark.parametrize("channels", (64, 128))
+def test_splash_compiles_on_every_device_of_a_mesh(channels):
+    devices = topologies.get_topology_desc(platform="tpu", topology_name="v5e:2x2").devices
+    mesh = jax.sharding.Mesh(np.array(devices).reshape(2, 1, 1, 2), ("data", "fsdp", "sequence", "tensor"))
+
+    def array(shape, dtype, *axes):
+        sharding = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(*axes))
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
+
+    x, ids = array((2, 8192, 8, channels), jnp.bfloat16, "data", None, "tensor"), array((2, 8192), jnp.int32, "data")
+    with jax.set_mesh(mesh):
+        loss = lambda q, k, v, ids: softmax_attention(q, k, v, segment_ids=ids, axes=Axes()).astype(jnp.float32).sum()  # noqa: E731
+        program = jax.jit(jax.grad(loss, (0, 1, 2))).lower(x, x, x, ids).compile()
+    assert program.as_text().count('custom_call_target="tpu_custom_call"') == 2
+    assert program.memory_analysis().temp_size_in_bytes < 2**28  # scores would take 2 GiB

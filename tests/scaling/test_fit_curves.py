@@ -98,7 +98,7 @@ def test_sizes_chosen_by_the_rule_are_named(tmp_path, capsys):
     """With 200 tokens a parameter the first tenth ends at 20, after the optimum of 6.8."""
     path = write(tmp_path / "curves.jsonl", np.geomspace(3e7, 3e9, 25), most=200)
     out = tmp_path / "out.json"
-    command(path, "--bins", "20")
+    command(path, "--bins", "20", "--skip", "0.1")
     assert "best where they begin to speak" in capsys.readouterr().out
     command(path, "--bins", "20", "--skip", "0.005", "--json", str(out))
     assert "begin to speak" not in capsys.readouterr().out
@@ -126,3 +126,27 @@ def test_what_cannot_be_fitted_is_named(tmp_path, capsys):
     with pytest.raises(ConfigError, match=f"has 2 bins.*{laws.MIN_BINS} are needed"):
         path = write(path, [1e8, 1e9], points=200)
         command(path, "--bins", "1")
+
+
+def test_the_share_left_out_is_the_largest_at_which_the_loss_chooses_the_sizes():
+    """Best are 2935 tokens a parameter: 3 % of the long curves, half of the short ones."""
+    sizes, at = np.geomspace(1e7, 1e10, 12), np.geomspace(0.002, 1, 200)
+
+    def curves(tokens):
+        return [
+            laws.Curve(
+                f"{n:.3g}",
+                n,
+                6 * n * tokens * n * at / PF_DAY,
+                tokens * n * at,
+                9 * n**-0.1 + 20 * (tokens * n * at) ** -0.1,
+            )
+            for n in sizes
+        ]
+
+    options = laws.Options("train", smoothing=0.0, resamples=0)
+    long, short = curves(1e5), curves(6e3)
+    assert laws.fit_curves("", long, options).late
+    chosen = laws.settled([long], options)
+    assert chosen.skip in laws.SKIP_SHARES[1:] and not laws.fit_curves("", long, chosen).late
+    assert laws.settled([short], options) == options

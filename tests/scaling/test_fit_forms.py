@@ -45,11 +45,13 @@ def test_names_of_the_forms_agree():
     assert fit.FORMS == fit_forms.FORMS
 
 
-def test_json_is_exactly_the_promised_keys(tmp_path, rows, capsys):
+def test_json_has_the_promised_keys_and_names_what_n_d_and_c_are(tmp_path, rows, capsys):
     out = tmp_path / "out.json"
     assert command(write(tmp_path / "runs.csv", rows), "--form", "chinchilla", "--json", str(out)) == 0
     found = json.loads(out.read_text())
-    assert set(found) == {"form", "coefficients", "intervals", "objective", "loss", "n_runs", "warnings"}
+    promised = {"form", "coefficients", "intervals", "objective", "loss", "n_runs", "warnings"}
+    assert set(found) == promised | {"n", "d", "compute"}
+    assert (found["n"], found["d"], found["compute"]) == ("n_params", "tokens", "6 N D")
     assert list(found["coefficients"]) == list(found["intervals"]) == ["E", "A", "B", "alpha", "beta"]
     assert found["form"] == "chinchilla" and found["n_runs"] == 40
     assert found["loss"] == {"kind": "huber", "delta": 1e-3, "reduction": "sum"}
@@ -160,6 +162,7 @@ def test_options_that_make_no_sense(tmp_path, rows, ladder_folder):
     path = write(tmp_path / "runs.csv", rows)
     for option, message in (
         (("--delta", "0"), "--delta is 0.0"),
+        (("--starts", "0"), "--starts is 0"),
         (("--drop-worst", "40"), "there are only 40 runs"),
         (("--backtest", "40"), "must lie between 1 and 39"),
         (("--budget", "-1"), "positive number of FLOPs"),

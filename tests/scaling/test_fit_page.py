@@ -143,6 +143,25 @@ def test_every_form_has_a_page(tmp_path, form):
     assert (tmp_path / "page" / ("isoflop.svg" if form == "isoflop" else "contours.svg")).exists()
 
 
+def test_many_runs_are_folded(tmp_path):
+    for count, folded in ((4, False), (16, True)):
+        table = write_table(tmp_path / "table.csv", ["llama"], ratios=np.geomspace(5, 200, count))
+        assert fit.main([str(table), *COLUMNS, "--report", str(tmp_path / "page")]) == 0
+        text = (tmp_path / "page" / "index.html").read_text()
+        assert (f"<details><summary>{6 * count} runs</summary>" in text) == folded
+
+
+def test_d_from_flops_is_named(tmp_path, capsys):
+    rows = write_budgets(tmp_path / "table.csv").read_text().splitlines()[1:]
+    numbers = [tuple(map(float, row.split(","))) for row in rows]
+    text = "".join(f"{n},{6 * n * d},{loss}\n" for n, d, loss in numbers)
+    (tmp_path / "flops.csv").write_text("params,flops,loss\n" + text)
+    options = ["--n", "params", "--flops", "flops", "--loss", "loss", "--resamples", "5"]
+    assert fit.main([str(tmp_path / "flops.csv"), *options, "--report", str(tmp_path / "page")]) == 0
+    assert "N is params; C as counted; D is C / (6 N)." in capsys.readouterr().out
+    assert "D is C / (6 N)." in (tmp_path / "page" / "index.html").read_text()
+
+
 def test_budgets_are_round_and_reach_beyond_the_runs():
     class Table:
         compute = np.array([3e18, 4.2e21])
