@@ -115,10 +115,10 @@ def program(config, devices: list) -> Program:
 
     from linscale import sharding
     from linscale.launch import operations
-    from linscale.training import loop, step
+    from linscale.training import checkpoint, loop, step
 
     mesh = sharding.make_mesh(config.mesh, devices)
-    state = loop.abstract_state(config, mesh)
+    state = checkpoint.abstract_state(config, mesh)
     batch = loop.abstract_batch(config, mesh, config.train.batch)
     with jax.set_mesh(mesh):
         jaxpr = jax.make_jaxpr(functools.partial(step.train_step, config))(state, batch)
