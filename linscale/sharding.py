@@ -19,6 +19,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from linscale import config as configs
 from linscale.config import ConfigError
+from linscale.kernels.axes import Axes
 
 NAMES = ("data", "fsdp", "sequence", "tensor")
 
@@ -49,6 +50,8 @@ class Rules:
 
 
 RULES = Rules()
+# The same for the operators, which run on every device with its own part of their arrays.
+AXES = Axes(RULES.batch, *RULES.sequence, *RULES.heads, *RULES.vocabulary)
 
 # Axes of every parameter, by its path; those of layers have the layers' axis, which is never cut, in front.
 PARAMETERS = {

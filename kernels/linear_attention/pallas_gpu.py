@@ -1,7 +1,7 @@
 """Linear attention on Hopper GPUs: which kernel serves, spans of a sequence, documents, and the gradients.
 
-The kernels (`pallas_gpu_scalar`) walk a sequence chunk by chunk with the float32 state on chip. Where batch x heads
-would leave most of the chip idle, the sequence is cut into spans: one more pass over keys and values finds what each
+The kernels (`pallas_gpu_scalar`, `_vector`, `_phase_kernels`) walk a sequence chunk by chunk with the float32 state on
+chip. Where batch x heads would leave most of the chip idle, the sequence is cut into spans: one more pass finds what each
 span adds to the state, a few small operations give the state before each span, and all spans then run side by side.
 
 Letters: B batch, T tokens, H heads, K key channels, V value channels, N spans, C tokens of a chunk.
@@ -48,22 +48,38 @@ def on_hopper() -> bool:
 
 def pallas_gpu(q, k, v, log_decay, phase, initial_state, segment_ids):
     """Arguments and results as `api.linear_attention`."""
-    if phase is not None:
-        run = lambda q, k, v, state: _any_shape(q, k, v, None, state, segment_ids)  # noqa: E731
-        return pallas_gpu_phase.with_phase(q, k, v, phase, initial_state, segment_ids, run)
-    return _any_shape(q, k, v, log_decay, initial_state, segment_ids)
+    if phase is None:
+        return _any_shape(q, k, v, log_decay, None, initial_state, segment_ids)
+    fixed = jax.lax.stop_gradient(phase)
+    if (
+        6 * q.shape[0] * q.shape[2] >= MULTIPROCESSORS or q.shape[1] < 1024
+    ):  # fewer heads: four times the traffic, in spans
+        out, state = _any_shape(q, k, v, None, fixed, initial_state, segment_ids)
+    else:
+        run = lambda q, k, v, state: _any_shape(q, k, v, None, None, state, segment_ids)  # noqa: E731
+        out, state = pallas_gpu_phase.as_two_heads(q, k, v, fixed, initial_state, run)
+    return pallas_gpu_phase.learn(out, state, phase, q, k, v, initial_state, segment_ids)
 
 
-def _any_shape(q, k, v, log_decay, initial_state, segment_ids):
+def _any_shape(q, k, v, log_decay, phase, initial_state, segment_ids):
     """The kernels are written for 128 channels and tokens in eights; the copies cost time, not exactness."""
     tokens, K, V = q.shape[1], q.shape[-1], v.shape[-1]
     widen = lambda x, to: _pad(x, [(0, 0), (0, -tokens % 8), (0, 0), (0, to - x.shape[-1])])  # noqa: E731
     q, v = widen(q, 128), widen(v, 128)
     k = None if k is None else widen(k, 128)
+    parts = 1 if phase is None else 2
     if initial_state is not None:
-        initial_state = _pad(initial_state.astype(jnp.float32), [(0, 0), (0, 0), (0, 128 - K), (0, 128 - V)])
+        state = initial_state.astype(jnp.float32).reshape(*initial_state.shape[:2], parts, K, V)
+        state = _pad(state, [(0, 0), (0, 0), (0, 0), (0, 128 - K), (0, 128 - V)])
+        initial_state = state.reshape(*state.shape[:2], parts * 128, 128)
     if segment_ids is not None:
         segment_ids = _pad(segment_ids, [(0, 0), (0, -tokens % 8)], mode="edge")
+    if phase is not None:
+        phase = _pad(phase, [(0, 0), (0, 128 - K)])
+        docs = _documents(segment_ids, q, 1)
+        out, state = pallas_gpu_phase.on_chip(tokens, q, k, v, phase, initial_state, docs)
+        state = state.reshape(*state.shape[:2], 2, 128, 128)[..., :K, :V]
+        return out[:, :tokens, :, :V], state.reshape(*state.shape[:2], 2 * K, V)
     if log_decay is None:
         log_decay = jnp.zeros(q.shape[2], jnp.float32)
     if log_decay.ndim == 4:
@@ -83,19 +99,29 @@ def _pad(x, widths, **kw):
 
 @jax.custom_vjp
 def _vector(q, k, v, log_decay, initial_state):
+    out, after, _ = _vector_values(q, k, v, log_decay, initial_state, save=False)
+    return out, after
+
+
+def _vector_values(q, k, v, log_decay, initial_state, save):
+    """out, the last state, and what the backward pass needs: states before each chunk and scores.
+
+    What each span adds to a state is found by a whole forward pass: twice the work, side by side.
+    """
     from linscale.kernels.linear_attention import pallas_gpu_vector as kernels
 
+    spans = choose_spans(q.shape[0] * q.shape[2], q.shape[1], split=2, whole=1)
     before = None if initial_state is None else initial_state[:, None]
-    out, after, _, _ = kernels.forward(q, k, v, log_decay, before)
-    return out, after[:, -1]
+    if spans > 1:
+        _, added, _, _ = kernels.forward(q, k, v, log_decay, None, spans=spans)
+        before = _chain(initial_state, added, _vector_survival(log_decay, spans))
+    out, after, *kept = kernels.forward(q, k, v, log_decay, before, spans=spans, save=save)
+    return out, after[:, -1], kept
 
 
 def _vector_forward(q, k, v, log_decay, initial_state):
-    from linscale.kernels.linear_attention import pallas_gpu_vector as kernels
-
-    before = None if initial_state is None else initial_state[:, None]
-    out, after, states, scores = kernels.forward(q, k, v, log_decay, before, save=True)
-    return (out, after[:, -1]), (q, k, v, log_decay, states, scores, None if before is None else ())
+    out, after, (states, scores) = _vector_values(q, k, v, log_decay, initial_state, save=True)
+    return (out, after), (q, k, v, log_decay, states, scores, None if initial_state is None else ())
 
 
 def _vector_backward(residuals, cotangents):
@@ -103,9 +129,22 @@ def _vector_backward(residuals, cotangents):
 
     q, k, v, log_decay, states, scores, given = residuals
     d_out, d_state = cotangents
-    dv, grads, before = carry(q, k, d_out, log_decay, scores, d_state[:, None])
+    spans = choose_spans(q.shape[0] * q.shape[2], q.shape[1], split=2, whole=1)
+    d_after = d_state[:, None]
+    if spans > 1:
+        _, _, added = carry(q, k, d_out, log_decay, scores, None, spans=spans)
+        d_after = _chain(d_state, added, _vector_survival(log_decay, spans), reverse=True)
+    dv, grads, before = carry(q, k, d_out, log_decay, scores, d_after, spans=spans)
     dq, dk, d_log_decay = within(q, k, v, d_out, log_decay, states, grads)
     return dq, dk, dv, d_log_decay, None if given is None else before[:, 0]
+
+
+def _vector_survival(log_decay, spans):
+    """What is left of a state across each span: [B,N,H,K]."""
+    B, T, H, K = log_decay.shape
+    length = chunks_of_a_span(T, spans) * 64
+    g = _pad(log_decay.astype(jnp.float32), [(0, 0), (0, spans * length - T), (0, 0), (0, 0)])
+    return jnp.exp(g.reshape(B, spans, length, H, K).sum(2))
 
 
 _vector.defvjp(_vector_forward, _vector_backward)
@@ -183,15 +222,18 @@ def _rate(log_decay):
     return jnp.maximum(log_decay.astype(jnp.float32), -1e4) * math.log2(math.e)
 
 
-def choose_spans(rows: int, tokens: int) -> int:
-    """How many spans to cut a sequence into, for `rows` = batch x heads, by the traffic of the forward pass."""
+def choose_spans(rows: int, tokens: int, split: int = 6, whole: int = 4) -> int:
+    """How many spans to cut a sequence into, for `rows` = batch x heads.
+
+    split, whole: what a chunk costs if the sequence is cut and if it is not; for no or scalar decay the tensors moved.
+    """
     chunks = -(-tokens // 64)
     best, best_cost = 1, math.inf
     for spans in range(1, max(1, min(chunks // 8, 2 * MULTIPROCESSORS // rows)) + 1):
         spans = -(-chunks // -(-chunks // spans))  # no span without a chunk
         waves = -(-rows * spans // MULTIPROCESSORS)
         cost = (
-            4 * waves * chunks if spans == 1 else 6 * waves * -(-chunks // spans) + 24
+            whole * waves * chunks if spans == 1 else split * waves * -(-chunks // spans) + 4 * split
         )  # the small operations between
         if cost < 0.95 * best_cost:
             best, best_cost = spans, cost
@@ -235,20 +277,23 @@ def _survival(rate, docs, tokens, spans):
 
 
 def _chain(state, added, kept, reverse=False):
-    """The state before each span from what spans add, [B,N,H,.,.]; with `reverse`, from the end."""
+    """The state before each span from what spans add, [B,N,H,.,.]; with `reverse`, from the end.
+
+    kept: what is left across a span, [B or 1,N,H] or, if channels differ, [B,N,H,K].
+    """
     if state is None:
         state = jnp.zeros_like(added[:, 0])
 
     def body(state, x):
         add, keep = x
-        return keep[..., None, None] * state + add, state
+        return keep * state + add, state
 
-    kept = jnp.broadcast_to(kept, added.shape[:3])
+    kept = jnp.broadcast_to(kept[..., None] if kept.ndim == 4 else kept[..., None, None], (*added.shape[:4], 1))
     if added.shape[1] <= 16:  # one fused operation instead of a loop of many small ones
         before = []
         for n in sorted(range(added.shape[1]), reverse=reverse):
             before.append(state)
-            state = kept[:, n, :, None, None] * state + added[:, n]
+            state = kept[:, n] * state + added[:, n]
         return jnp.stack(before[::-1] if reverse else before, axis=1)
     _, before = jax.lax.scan(body, state, (jnp.moveaxis(added, 1, 0), jnp.moveaxis(kept, 1, 0)), reverse=reverse)
     return jnp.moveaxis(before, 0, 1)

@@ -64,24 +64,25 @@ def products(to_token, after_token, whole, whole_s, visit=None):
     return to_token, after_token, whole
 
 
-def crossing(shape, size):
-    """Ones where row and column (of a chunk, or of its tiles if there are 16 columns) lie in two joined blocks."""
-    i, j = index(shape, 0), index(shape, 1)
-    if shape[1] == TILE:
-        i = lax.rem(i, jnp.int32(TILE))
+def crossing(size):
+    """[C,TILE] of ones where row and column of a tile lie in two joined blocks of `size` tokens."""
+    i, j = _in_tile()
     block, pair = jnp.int32(size), jnp.int32(2 * size)
     same = jnp.where(lax.div(i, pair) == lax.div(j, pair), 1, 0)
     return same * jnp.where(lax.div(i, block) == lax.div(j, block), 0, 1)
 
 
-def spanned(shape, size):
-    """[t,i] of ones: in an odd block of `size` i from t on, in an even block i before t: what meets across token t.
+def spanned(size):
+    """[t,i] of ones [C,TILE]: in an odd block of `size` i from t on, in an even block i before t: what meets across t.
 
     A contribution of row i at this level belongs to a pair of tokens on either side of the boundary next to its block.
     """
-    t, i = index(shape, 0), index(shape, 1)
-    upper = lax.rem(lax.div(t, jnp.int32(size)), jnp.int32(2)) == 1
-    if shape[1] == TILE:
-        t = lax.rem(t, jnp.int32(TILE))
+    upper = lax.rem(lax.div(index((64, TILE), 0), jnp.int32(size)), jnp.int32(2)) == 1
+    t, i = _in_tile()
     same = jnp.where(lax.div(t, jnp.int32(size)) == lax.div(i, jnp.int32(size)), 1.0, 0.0)
     return same * jnp.where(upper, jnp.where(i >= t, 1.0, 0.0), jnp.where(i < t, 1.0, 0.0))
+
+
+def _in_tile():
+    """Numbers of row and column within their tile, [C,TILE]."""
+    return lax.rem(index((64, TILE), 0), jnp.int32(TILE)), index((64, TILE), 1)

@@ -1,10 +1,10 @@
-"""Linear attention with phase on Hopper GPUs, as two heads without decay: one of cosines, one of sines.
+"""Linear attention with phase on Hopper GPUs: gradients and states around the kernels of pallas_gpu_phase_kernels.
 
-cos((t - s) theta) = cos(t theta) cos(s theta) + sin(t theta) sin(s theta), so each head becomes two whose outputs add.
-The features are formed by XLA and do pass through memory: about four times the traffic of a kernel that forms them on
-chip, which is not written yet.
+Where batch x heads would leave most of the chip idle, `as_two_heads` serves instead: each head becomes two without decay,
+one of cosines and one of sines, whose outputs add, and the kernel for no decay cuts the sequence into spans. Its factors
+are formed by XLA and pass through memory, about four times the traffic.
 
-Letters: B batch, T tokens, H heads, K key channels, V value channels.
+Letters: B batch, T tokens, H heads, K key channels, V value channels, C tokens of a chunk.
 """
 
 import functools
@@ -17,11 +17,82 @@ from jax.custom_derivatives import SymbolicZero
 
 from linscale.kernels.linear_attention import chunked
 
+C = 64
 
-def with_phase(q, k, v, phase, initial_state, segment_ids, without_decay):
-    """Arguments and results as `api.linear_attention`; without_decay(q, k, v, initial_state) is the scalar kernel."""
-    fixed = jax.lax.stop_gradient(phase)
-    cos, sin = _features(fixed, q.shape[1])
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def on_chip(tokens, q, k, v, phase, initial_state, docs):
+    """out and the state after `tokens` tokens, by one block of threads a head; docs as in pallas_gpu_scalar or None.
+
+    The kernels hold the state as cosines X and minus sines Y of the angles to each chunk's end.
+    """
+    return _on_chip_forward(tokens, q, k, v, phase, initial_state, docs)[0]
+
+
+def _on_chip_forward(tokens, *args):
+    from linscale.kernels.linear_attention.pallas_gpu_phase_kernels import turned_keys
+
+    args = jax.tree.map(lambda x: getattr(x, "value", x), args, is_leaf=lambda x: hasattr(x, "perturbed"))
+    q, k, v, phase, initial_state, docs = args
+    start = None
+    if initial_state is not None:
+        start = jnp.stack(
+            [*_halves(initial_state * jnp.repeat(jnp.array([1.0, -1.0]), phase.shape[1])[:, None])], axis=2
+        )
+    out, state = turned_keys(q, k, v, *_tables(phase), start, docs)
+    x, y = state[:, :, 0], state[:, :, 1]
+    cos, sin = _angle(phase, -tokens % C)  # how far the last chunk's end is past the last token
+    return (out, jnp.concatenate([cos * x - sin * y, -cos * y - sin * x], axis=2)), (*args, start)
+
+
+def _on_chip_backward(tokens, residuals, cotangents):
+    from linscale.kernels.linear_attention.pallas_gpu_phase_kernels import turned_keys, turned_values
+
+    q, k, v, phase, initial_state, docs, start = residuals
+    d_out, d_state = cotangents
+    d_out = jnp.zeros(v.shape, v.dtype) if isinstance(d_out, SymbolicZero) else d_out.astype(v.dtype)
+    end = None
+    if not isinstance(d_state, SymbolicZero):
+        even, odd = _halves(d_state)
+        cos, sin = _angle(phase, -tokens % C + 1)
+        end = jnp.stack([cos * even - sin * odd, sin * even + cos * odd], axis=2)
+    turned = lambda x: None if x is None else jnp.swapaxes(x, -1, -2)  # noqa: E731
+    table, turn = _tables(phase)
+    backwards = table[:, :, ::-1], turn
+    dq, _ = turned_values(d_out, v, k, table, turn, turned(start), docs)
+    dk, _ = turned_values(v, d_out, q, *backwards, turned(end), docs, reverse=True)
+    dv, before = turned_keys(k, q, d_out, *backwards, end, docs, reverse=True)
+    d_initial = None
+    if initial_state is not None:
+        (cos, sin), x, y = _angle(phase, 1), before[:, :, 0], before[:, :, 1]
+        d_initial = jnp.concatenate([cos * x + sin * y, cos * y - sin * x], axis=2)
+    return dq, dk, dv, None, d_initial, None
+
+
+on_chip.defvjp(_on_chip_forward, _on_chip_backward, symbolic_zeros=True)
+
+
+def _halves(state):
+    return jnp.split(state, 2, axis=2)
+
+
+def _tables(phase):
+    """Factors of a chunk's tokens, [2,H,C,K] bfloat16, cosines and sines of 1 to C times theta; the last in float32."""
+    cos, sin = (x[0] for x in _features(phase, C))
+    table = jnp.stack([jnp.swapaxes(x, 0, 1) for x in (cos, sin)])
+    return table.astype(jnp.bfloat16), jnp.stack([cos[-1], sin[-1]], axis=1)
+
+
+def _angle(phase, steps):
+    """cos and sin of steps x theta, [H,K,1]."""
+    if steps == 0:
+        return jnp.ones(()), jnp.zeros(())
+    return (x[0, -1, :, :, None] for x in _features(phase, steps))
+
+
+def as_two_heads(q, k, v, phase, initial_state, without_decay):
+    """out and state; without_decay(q, k, v, initial_state) is the kernel for no decay."""
+    cos, sin = _features(phase, q.shape[1])
     stack = lambda x: jnp.concatenate([(x * cos).astype(x.dtype), (x * sin).astype(x.dtype)], axis=2)  # noqa: E731
     before = None
     if initial_state is not None:  # odd rows sum sin((t - s) theta): of opposite sign to the features at t = 0
@@ -33,8 +104,7 @@ def with_phase(q, k, v, phase, initial_state, segment_ids, without_decay):
 
     even, odd = jnp.split(state, 2, axis=1)
     cos, sin = (x[0, -1, :, :, None] for x in (cos, sin))
-    state = jnp.concatenate([cos * even + sin * odd, sin * even - cos * odd], axis=2)
-    return _learn(out, state, phase, q, k, v, initial_state, segment_ids)
+    return out, jnp.concatenate([cos * even + sin * odd, sin * even - cos * odd], axis=2)
 
 
 def _features(phase_HK, tokens):
@@ -61,7 +131,7 @@ def _features(phase_HK, tokens):
 
 
 @functools.partial(jax.custom_vjp)
-def _learn(out, state, phase, q, k, v, initial_state, segment_ids):
+def learn(out, state, phase, q, k, v, initial_state, segment_ids):
     """(out, state), through which alone the gradient of phase flows: by XLA, and only where it is asked for."""
     return out, state
 
@@ -84,7 +154,7 @@ def _learn_backward(residuals, cotangents):
     return d_out, d_state, d_phase, None, None, None, None, None
 
 
-_learn.defvjp(_learn_forward, _learn_backward, symbolic_zeros=True)
+learn.defvjp(_learn_forward, _learn_backward, symbolic_zeros=True)
 
 
 def _dense(d, like):

@@ -142,16 +142,6 @@ def _mma(lhs, rhs, sums):
     return [llvm.extractvalue(f32, result, [i]) for i in range(4)]
 
 
-def repeat_columns(x):
-    """[64,16] -> [64,64], the sixteen columns four times."""
-
-    @plgpu.inline_mgpu(arg_types=(ROWS,), return_type=_type((64, 64)))
-    def repeat(_, x):
-        return _like(np.tile(x.registers.reshape(-1, 2), (4, 1)), (64, 64), x.layout)
-
-    return repeat(x)
-
-
 def _place():
     """The warp's number in its warpgroup, and the first of the lane's two columns in every eight, as indices."""
     i32, index = ir.IntegerType.get_signless(32), ir.IndexType.get()
@@ -159,6 +149,179 @@ def _place():
     warp = arith.remui(arith.divui(thread, utils.c(32, i32)), utils.c(4, i32))
     column = arith.muli(arith.remui(thread, utils.c(4, i32)), utils.c(2, i32))
     return arith.index_cast(index, warp), arith.index_cast(index, column)
+
+
+def _thread():
+    """The thread's number, read anew: what the compiler derives from it outside a loop, it would spill to memory."""
+    i32 = ir.IntegerType.get_signless(32)
+    return llvm.inline_asm(i32, [], "mov.u32 $0, %tid.x;", "=r", has_side_effects=True)
+
+
+class _Predicates:
+    """Comparisons of small unsigned numbers that differ between threads or warps."""
+
+    def __init__(self):
+        self.i32 = ir.IntegerType.get_signless(32)
+        thread = _thread()
+        self.warp = arith.remui(arith.divui(thread, self.number(32)), self.number(4))
+        self.row = arith.remui(arith.divui(thread, self.number(4)), self.number(8))  # in an 8 by 8 block
+        self.column = arith.muli(arith.remui(thread, self.number(4)), self.number(2))
+
+    def number(self, x):
+        return utils.c(x, self.i32)
+
+    def compare(self, how, a, b):
+        b = self.number(b) if isinstance(b, int) else b
+        return arith.cmpi(getattr(arith.CmpIPredicate, how), a, b)
+
+
+def select_levels(levels):
+    """[64,16] from five products of tiles: for each pair of tokens that of the level at which their blocks are joined.
+
+    levels: the products of each token with itself, then of queries and keys for blocks of 1, 2, 4 and 8 tokens.
+    """
+
+    @plgpu.inline_mgpu(arg_types=(ROWS,) * 5, return_type=_type((64, 16)))
+    def select(_, *levels):
+        same, one, two, four, eight = (x.registers.reshape(2, 2) for x in levels)  # octet of columns, of rows
+        f32 = ir.F32Type.get()
+        zero, p = utils.c(0.0, f32), _Predicates()
+        chosen = []
+        for e in range(2):
+            column = arith.addi(p.column, p.number(e))
+            apart = arith.xori(p.row, column)
+            chosen.append(
+                (
+                    p.compare("eq", p.row, column),
+                    p.compare("ugt", p.row, column),
+                    p.compare("uge", apart, 2),
+                    p.compare("uge", apart, 4),
+                )
+            )
+        results = [[None, None], [None, None]]
+        for block in range(2):
+            parts = []
+            for e, (equal, later, two_apart, four_apart) in enumerate(chosen):
+                at = lambda x, e=e, block=block: vector.extract(x[block, block], [], [e])  # noqa: E731
+                x = arith.select(four_apart, at(four), arith.select(two_apart, at(two), at(one)))
+                parts.append(arith.select(equal, at(same), arith.select(later, x, zero)))
+            results[block][block] = vector.from_elements(ir.VectorType.get((2,), f32), parts)
+        results[0][1] = eight[0, 1]
+        results[1][0] = vector.from_elements(ir.VectorType.get((2,), f32), [zero, zero])
+        return _like([r for octet in results for r in octet], (64, 16), ROWS.to_mgpu())
+
+    return select(*levels)
+
+
+def assemble_scores(tile, across16, across32):
+    """[64,64] scores: `tile` [64,16] on the diagonal, products of neighbouring tiles and of halves below it, else 0."""
+
+    @plgpu.inline_mgpu(arg_types=(ROWS,) * 3, return_type=_type((64, 64)))
+    def assemble(_, *arrays):
+        own, near, far = (x.registers.reshape(-1, 2) for x in arrays)
+        p, select = _Predicates(), arith.select
+        warp = [p.compare("eq", p.warp, w) for w in range(4)]
+        upper = p.compare("uge", p.warp, 2)
+        pair = ir.VectorType.get((2,), ir.F32Type.get())
+        zero = vector.from_elements(pair, [utils.c(0.0, ir.F32Type.get())] * 2)
+        results = []
+        for octet in range(8):
+            for half in range(2):
+                t, a, b = own[octet % 2, half], near[octet, half], far[octet, half]
+                below = (
+                    lambda a=a, b=b: select(warp[1], a, b),
+                    lambda b=b: select(upper, b, zero),
+                    lambda a=a: select(warp[3], a, zero),
+                    lambda: zero,
+                )[octet // 2]
+                results.append(select(warp[octet // 2], t, below()))
+        return _like(results, (64, 64), ROWS.to_mgpu())
+
+    return assemble(tile, across16, across32)
+
+
+def across_tiles(forth, back, size):
+    """[64,64]: where the blocks of `size` (16 or 32) of row and column are joined, forth below the diagonal and back above."""
+
+    @plgpu.inline_mgpu(arg_types=(ROWS, ROWS), return_type=_type((64, 64)))
+    def choose(_, forth, back):
+        p = _Predicates()
+        pair = ir.VectorType.get((2,), ir.F32Type.get())
+        zero = vector.from_elements(pair, [utils.c(0.0, ir.F32Type.get())] * 2)
+        if size == 16:
+            here = [p.compare("eq", p.warp, tile ^ 1) for tile in range(4)]
+            below = [tile % 2 == 0 for tile in range(4)]
+        else:
+            upper, lower = p.compare("uge", p.warp, 2), p.compare("ult", p.warp, 2)
+            here, below = [upper, upper, lower, lower], [True, True, False, False]
+        results = []
+        for octet, (f, b) in enumerate(zip(forth.registers.reshape(-1, 2), back.registers.reshape(-1, 2))):
+            source = f if below[octet // 2] else b
+            results += [arith.select(here[octet // 2], r, zero) for r in source]
+        return _like(results, (64, 64), ROWS.to_mgpu())
+
+    return choose(forth, back)
+
+
+def order_masks(what):
+    """[64,64] bfloat16 of ones: columns from the row on ("above"), before it ("below"), or both in their half ("joined").
+
+    "joined": in the upper half of the rows those from the row on, in the lower half those before, each in its half.
+    """
+
+    @plgpu.inline_mgpu(arg_types=(), return_type=_type((64, 64), jnp.bfloat16))
+    def make(_):
+        p, select = _Predicates(), arith.select
+        bf16 = ir.BF16Type.get()
+        pair = ir.VectorType.get((2,), bf16)
+        zero, one = (utils.c(x, bf16) for x in (0.0, 1.0))
+        zeros, ones = (vector.from_elements(pair, [x, x]) for x in (zero, one))
+        after = [p.compare("uge", arith.addi(p.column, p.number(e)), p.row) for e in range(2)]
+        on = vector.from_elements(pair, [select(a, one, zero) for a in after])
+        off = vector.from_elements(pair, [select(a, zero, one) for a in after])
+        upper = p.compare("uge", p.warp, 2)
+        results = []
+        for octet in range(8):
+            tile, side = octet // 2, octet % 2
+            mine, earlier = p.compare("eq", p.warp, tile), p.compare("ult", p.warp, tile)
+            for half in range(2):
+                in_tile = (zeros if side < half else ones) if side != half else on
+                not_in_tile = (ones if side < half else zeros) if side != half else off
+                above = select(mine, in_tile, select(earlier, ones, zeros))
+                below = select(mine, not_in_tile, select(earlier, zeros, ones))
+                joined = select(upper, zeros, below) if tile < 2 else select(upper, above, zeros)
+                results.append({"above": above, "below": below, "joined": joined}[what])
+        return _like(results, (64, 64), ROWS.to_mgpu())
+
+    return make()
+
+
+def causal(x, reverse=False):
+    """x [64,64] where the column is not behind the row (`reverse`: not before it), else 0."""
+
+    @plgpu.inline_mgpu(arg_types=(ROWS,), return_type=_type((64, 64)))
+    def keep(_, x):
+        p, select = _Predicates(), arith.select
+        f32 = ir.F32Type.get()
+        pair = ir.VectorType.get((2,), f32)
+        zero = utils.c(0.0, f32)
+        zeros = vector.from_elements(pair, [zero, zero])
+        behind = "ult" if reverse else "ugt"
+        drop = [p.compare(behind, arith.addi(p.column, p.number(e)), p.row) for e in range(2)]
+        results = []
+        for octet, halves in enumerate(x.registers.reshape(-1, 2)):
+            tile, side = octet // 2, octet % 2
+            mine, outside = p.compare("eq", p.warp, tile), p.compare("ugt" if reverse else "ult", p.warp, tile)
+            for half, r in enumerate(halves):
+                if side == half:
+                    parts = [vector.extract(r, [], [e]) for e in range(2)]
+                    in_tile = vector.from_elements(pair, [select(d, zero, x) for d, x in zip(drop, parts)])
+                else:
+                    in_tile = r if (side < half) != reverse else zeros
+                results.append(select(mine, in_tile, select(outside, zeros, r)))
+        return _like(results, (64, 64), ROWS.to_mgpu())
+
+    return keep(x)
 
 
 def put_tile_rows(x, ref):

@@ -74,9 +74,25 @@ def same_document(doc_s, transposed):
     return jnp.where(room >= 0.0, 1.0, 0.0)
 
 
+class Zero:
+    """0, in the eyes of the compiler an unknown number that changes from chunk to chunk.
+
+    As an index it keeps descriptors of shared memory from being formed once before the loop: registers cannot hold them
+    all, and what they spill comes back from memory far slower than it is formed.
+    """
+
+    @staticmethod
+    def start(number_below_two):
+        return jnp.where(number_below_two > 2.0, 1, 0).astype(jnp.int32)
+
+    @staticmethod
+    def next(zero, t):
+        return zero * (t + 3)
+
+
 def ring(fetch, chunks, stages, empty):
     """What the fetching warpgroup does: keep `stages` chunks ahead."""
-    plgpu.set_max_registers(40, action="decrease")
+    plgpu.set_max_registers(24, action="decrease")
     for i in range(stages):
         fetch(jnp.int32(i), i)
 
@@ -145,19 +161,21 @@ def forward(q, k, v, rate, initial, docs, *, tokens=None, spans=1, final=True, s
             s_s.at[wg][...] = S.astype(BF)
             plgpu.commit_smem()
 
-            def chunk(t, S):
+            def chunk(t, state):
+                S, zero = state
+                here = wg + zero
                 slot = lax.rem(t, jnp.int32(stages))
                 start = walk.start(span, t)
                 plgpu.barrier_wait(full.at[slot])
 
                 def scores(acc, oacc):
                     plgpu.wgmma(acc, q_s.at[slot], k_s.at[slot].transpose((1, 0)))
-                    plgpu.wgmma(oacc, q_s.at[slot], s_s.at[wg])
+                    plgpu.wgmma(oacc, q_s.at[slot], s_s.at[here])
                     # While the tensor cores run: values carried to the chunk's end.
                     weight = jnp.exp2(r * walk.to_end(start, (C, half)))
                     if documents:
                         weight = weight * along_rows(docs_s[0].at[slot, REACHES], (C, half))
-                    vs_s.at[wg][...] = (load(v_s.at[slot, wg]).astype(F32) * weight).astype(BF)
+                    vs_s.at[here][...] = (load(v_s.at[slot, wg]).astype(F32) * weight).astype(BF)
                     p = plgpu.wgmma_accumulator_load(acc, wait_n=1) * mask
                     if documents:
                         p = p * same_document(docs_s[0].at[slot], transposed=False)
@@ -174,18 +192,18 @@ def forward(q, k, v, rate, initial, docs, *, tokens=None, spans=1, final=True, s
                 def update(refs):
                     oacc, sacc = refs
                     plgpu.wgmma(oacc, p, v_s.at[slot, wg])
-                    plgpu.wgmma(sacc, k_s.at[slot].transpose((1, 0)), vs_s.at[wg])
+                    plgpu.wgmma(sacc, k_s.at[slot].transpose((1, 0)), vs_s.at[here])
 
                 o, S = pl.run_state(update)((plgpu.ACC.init(o * reads), plgpu.ACC.init(S)))
                 plgpu.barrier_arrive(empty.at[slot])
                 plgpu.wait_smem_to_gmem(0, wait_read_only=True)  # the output before has left shared memory
                 o_s.at[wg][...] = o.astype(BF)
-                s_s.at[wg][...] = S.astype(BF)
+                s_s.at[here][...] = S.astype(BF)
                 plgpu.commit_smem()
                 plgpu.copy_smem_to_gmem(o_s.at[wg], o_g.at[b, pl.ds(start, C), h, mine])
-                return S
+                return S, Zero.next(zero, t)
 
-            S = lax.fori_loop(0, walk.chunks, chunk, S)
+            S, _ = lax.fori_loop(0, walk.chunks, chunk, (S, Zero.start(r)))
             if final:
                 final_g.at[b, span, h, :, mine][...] = S
             plgpu.wait_smem_to_gmem(0)

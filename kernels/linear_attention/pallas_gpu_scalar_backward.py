@@ -21,6 +21,7 @@ from linscale.kernels.linear_attention.pallas_gpu_scalar import (
     SURVIVES,
     C,
     Walk,
+    Zero,
     along_columns,
     along_rows,
     call,
@@ -72,7 +73,8 @@ def backward_kv(q, k, v, do, rate, final, docs, *, tokens=None, spans=1, initial
             plgpu.commit_smem()
             plgpu.barrier_arrive(gwrote)
 
-            def chunk(t, G):
+            def chunk(t, state):
+                G, zero = state
                 slot = lax.rem(t, jnp.int32(stages))
                 start = walk.start(span, t, reverse=True)
                 plgpu.barrier_wait(full.at[slot])
@@ -82,17 +84,17 @@ def backward_kv(q, k, v, do, rate, final, docs, *, tokens=None, spans=1, initial
                     A = (v_s, k_s)[w].at[slot]
                     plgpu.wgmma(acc, A, (do_s, q_s)[w].at[slot].transpose((1, 0)))
                     if w == 0:  # dk = v G
-                        plgpu.wgmma(o0, A, g_s.at[0])
-                        plgpu.wgmma(o1, A, g_s.at[1])
+                        plgpu.wgmma(o0, A, g_s.at[zero])
+                        plgpu.wgmma(o1, A, g_s.at[zero + 1])
                     else:  # dv = k G^T, the sum over K in two halves
                         for i in range(2):
                             part = A.at[:, pl.ds(i * half, half)]
-                            plgpu.wgmma(o0, part, g_s.at[i, pl.ds(0, width)].transpose((1, 0)))
-                            plgpu.wgmma(o1, part, g_s.at[i, pl.ds(width, width)].transpose((1, 0)))
+                            plgpu.wgmma(o0, part, g_s.at[zero + i, pl.ds(0, width)].transpose((1, 0)))
+                            plgpu.wgmma(o1, part, g_s.at[zero + i, pl.ds(width, width)].transpose((1, 0)))
                     weight = jnp.exp2(r * (iota((C, half), 0) + 1.0))
                     if documents:
                         weight = weight * along_rows(docs_s[0].at[slot, READS - LAST], (C, half))
-                    qs_s.at[w][...] = (load(q_s.at[slot, :, mine]).astype(F32) * weight).astype(BF)
+                    qs_s.at[zero + w][...] = (load(q_s.at[slot, :, mine]).astype(F32) * weight).astype(BF)
                     p = plgpu.wgmma_accumulator_load(acc, wait_n=2 if w == 0 else 4) * load(m_s)
                     if documents:
                         p = p * same_document(docs_s[0].at[slot], transposed=True)
@@ -114,7 +116,7 @@ def backward_kv(q, k, v, do, rate, final, docs, *, tokens=None, spans=1, initial
                     X = (q_s, do_s)[w].at[slot]
                     plgpu.wgmma(a0, p, X.at[:, pl.ds(0, width)])
                     plgpu.wgmma(a1, p, X.at[:, pl.ds(width, width)])
-                    plgpu.wgmma(gacc, do_s.at[slot].transpose((1, 0)), qs_s.at[w])
+                    plgpu.wgmma(gacc, do_s.at[slot].transpose((1, 0)), qs_s.at[zero + w])
 
                 o0, o1, G = pl.run_state(update)(
                     (plgpu.ACC.init(o0 * weight), plgpu.ACC.init(o1 * weight), plgpu.ACC.init(G))
@@ -130,9 +132,9 @@ def backward_kv(q, k, v, do, rate, final, docs, *, tokens=None, spans=1, initial
                 out_s.at[:, pl.ds(width, width)][...] = o1.astype(BF)
                 plgpu.commit_smem()
                 plgpu.copy_smem_to_gmem(out_s, (dk_g, dv_g)[w].at[b, pl.ds(start, C), h])
-                return G
+                return G, Zero.next(zero, t)
 
-            G = lax.fori_loop(0, walk.chunks, chunk, G)
+            G, _ = lax.fori_loop(0, walk.chunks, chunk, (G, Zero.start(r)))
             if initial:
                 initial_g.at[b, span, h, :, mine][...] = G
             plgpu.barrier_wait(gwrote)

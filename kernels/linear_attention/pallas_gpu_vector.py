@@ -16,13 +16,14 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from linscale.kernels.linear_attention import pallas_gpu_rows as rows
-from linscale.kernels.linear_attention.pallas_gpu_gates import SHARED, SLICE, TILE, index, products, tied_key, tiles
+from linscale.kernels.linear_attention.pallas_gpu_gates import SHARED, SLICE, TILE, products, tied_key, tiles
 from linscale.kernels.linear_attention.pallas_gpu_scalar import (
     BF,
     F32,
     ROWS,
     C,
     Walk,
+    Zero,
     along_rows,
     call,
     load,
@@ -67,12 +68,12 @@ def forward(q, k, v, log_decay, initial, *, spans=1, save=False, stages=2):
         q_s, v_s, g_s, k_s, x16_s, x32_s, s_s, o_s, tile_s, whole_s, total_s, full, empty, ready, free, *p_s = refs
         b, span, h, wg = (lax.axis_index(a) for a in ("b", "n", "h", "wg"))
 
-        def weigh(slot, wg):
+        def weigh(slot, wg, zero):
             """Weights this warpgroup's channels; returns its share of the scores inside tiles of 16, [64,16]."""
             levels = [plgpu.layout_cast(jnp.zeros((C, TILE), F32), ROWS) for _ in range(5)]
             for part in range(parts):
                 mine = pl.ds(wg * (K // 2) + part * SLICE, SLICE)
-                keys = k_s if tied else k_s.at[slot]
+                keys = k_s.at[zero if tied else slot]
                 g = load(g_s.at[slot, :, mine]).astype(F32)
                 a = jnp.exp(g)
                 q = load(q_s.at[slot, :, mine]).astype(F32)
@@ -84,20 +85,13 @@ def forward(q, k, v, log_decay, initial, *, spans=1, save=False, stages=2):
                     if size < TILE:
                         levels[1 + level] = rows.tile_products(levels[1 + level], x, x)
                     else:
-                        (x16_s if size == TILE else x32_s).at[:, mine][...] = x
+                        (x16_s if size == TILE else x32_s).at[zero, :, mine][...] = x
 
                 query, key, whole = products(q * a, k, a, whole_s.at[wg, part], weighted)
                 q_s.at[slot, :, mine][...] = query.astype(BF)
                 keys.at[:, mine][...] = key.astype(BF)
                 rows.put_tile_rows(whole, total_s.at[:, mine])
-            i, j = lax.rem(index((C, TILE), 0), jnp.int32(TILE)), index((C, TILE), 1)
-            tile = jnp.where(i == j, levels[0], 0.0)
-            for level in range(4):
-                size = jnp.int32(1 << level)
-                iq, jq = lax.div(i, size), lax.div(j, size)  # the later half of a pair is odd, the earlier one less
-                crosses = jnp.where(lax.rem(iq, jnp.int32(2)) == 1, iq - 1 - jq, -1)
-                tile = jnp.where(crosses == 0, levels[1 + level], tile)
-            return tile
+            return rows.select_levels(levels)
 
         @pl.when(wg < 2)
         def _compute():
@@ -111,30 +105,28 @@ def forward(q, k, v, log_decay, initial, *, spans=1, save=False, stages=2):
             plgpu.commit_smem()
             plgpu.barrier_arrive(free)
 
-            def chunk(t, S):
+            def chunk(t, state):
+                S, zero = state
+                here = wg + zero
                 slot = lax.rem(t, jnp.int32(stages))
                 n = span * walk.chunks + t
                 if save:
                     plgpu.copy_smem_to_gmem(s_s.at[wg], states_g.at[b, n, h, :, values])
                 plgpu.barrier_wait(full.at[slot])
                 plgpu.barrier_wait(free)  # the other has read what is now written over
-                tile = weigh(slot, wg)
+                tile = weigh(slot, wg, zero)
                 tile_s.at[wg][...] = tile
                 plgpu.commit_smem()
                 plgpu.barrier_arrive(ready)
                 plgpu.barrier_wait(ready)
 
                 def scores(acc16, acc32, oacc):
-                    plgpu.wgmma(acc16, x16_s, x16_s.transpose((1, 0)))
-                    plgpu.wgmma(acc32, x32_s, x32_s.transpose((1, 0)))
-                    plgpu.wgmma(oacc, q_s.at[slot], s_s.at[wg])
-                    whole_tile = rows.repeat_columns(load(tile_s.at[0]) + load(tile_s.at[1]))
-                    i, j = (lax.div(index((C, C), d), jnp.int32(TILE)) for d in range(2))
-                    p = jnp.where(i == j, whole_tile, 0.0)
-                    first = jnp.where(lax.rem(i, jnp.int32(2)) == 1, i - 1 - j, -1)
-                    p = jnp.where(first == 0, plgpu.wgmma_accumulator_load(acc16, wait_n=2), p)
-                    second = jnp.where(i >= 2, 1, 0) * jnp.where(j < 2, 1, 0)
-                    p = jnp.where(second == 1, plgpu.wgmma_accumulator_load(acc32, wait_n=1), p)
+                    plgpu.wgmma(acc16, x16_s.at[zero], x16_s.at[zero].transpose((1, 0)))
+                    plgpu.wgmma(acc32, x32_s.at[zero], x32_s.at[zero].transpose((1, 0)))
+                    plgpu.wgmma(oacc, q_s.at[slot], s_s.at[here])
+                    tile = load(tile_s.at[0]) + load(tile_s.at[1])
+                    near, far = (plgpu.wgmma_accumulator_load(a, wait_n=n) for a, n in ((acc16, 2), (acc32, 1)))
+                    p = rows.assemble_scores(tile, near, far)
                     return p.astype(BF), oacc[...]
 
                 p, o = pl.run_scoped(scores, plgpu.ACC((C, C), F32), plgpu.ACC((C, C), F32), plgpu.ACC((C, half), F32))
@@ -143,14 +135,14 @@ def forward(q, k, v, log_decay, initial, *, spans=1, save=False, stages=2):
                 def update(refs):
                     oacc, sacc = refs
                     plgpu.wgmma(oacc, p, v_s.at[slot, wg])
-                    plgpu.wgmma(sacc, (k_s if tied else k_s.at[slot]).transpose((1, 0)), v_s.at[slot, wg])
+                    plgpu.wgmma(sacc, k_s.at[zero if tied else slot].transpose((1, 0)), v_s.at[slot, wg])
 
                 o, S = pl.run_state(update)((plgpu.ACC.init(o), plgpu.ACC.init(S)))
                 plgpu.barrier_arrive(empty.at[slot])
                 plgpu.barrier_arrive(free)
                 plgpu.wait_smem_to_gmem(0, wait_read_only=True)
                 o_s.at[wg][...] = o.astype(BF)
-                s_s.at[wg][...] = S.astype(BF)
+                s_s.at[here][...] = S.astype(BF)
                 if save:
 
                     @pl.when(wg == 0)
@@ -165,9 +157,10 @@ def forward(q, k, v, log_decay, initial, *, spans=1, save=False, stages=2):
                     def _():
                         plgpu.copy_smem_to_gmem(p_s[0], scores_g.at[b, n, h])
 
-                return S
+                return S, Zero.next(zero, t)
 
-            S = lax.fori_loop(0, walk.chunks, chunk, S)
+            start = Zero.start(g_g[b, 0, h, 0].astype(F32))
+            S, _ = lax.fori_loop(0, walk.chunks, chunk, (S, start))
             final_g.at[b, span, h, :, values][...] = S
             plgpu.barrier_wait(free)
             plgpu.wait_smem_to_gmem(0)
@@ -191,9 +184,9 @@ def forward(q, k, v, log_decay, initial, *, spans=1, save=False, stages=2):
         plgpu.SMEM((stages, C, K), BF, **low),
         plgpu.SMEM((stages, 2, C, half), BF, **low),
         plgpu.SMEM((stages, C, K), g_type, transforms=tiles(g_type)),
-        plgpu.SMEM((C, K) if tied else (stages, C, K), BF, **low),
-        plgpu.SMEM((C, K), BF, **low),
-        plgpu.SMEM((C, K), BF, **low),
+        plgpu.SMEM((1 if tied else stages, C, K), BF, **low),
+        plgpu.SMEM((1, C, K), BF, **low),
+        plgpu.SMEM((1, C, K), BF, **low),
         plgpu.SMEM((2, K, half), BF, **low),
         plgpu.SMEM((2, C, half), BF, **low),
         plgpu.SMEM((2, C, TILE), F32, transforms=(plgpu.TilingTransform((8, TILE)), plgpu.SwizzleTransform(64))),

@@ -211,13 +211,13 @@ def within(q, k, v, do, log_decay, states, grads):
             return forth[...], back[...]
 
         forth, back = pl.run_scoped(meet, plgpu.ACC((C, C), F32), plgpu.ACC((C, C), F32))
-        i, j = index((C, C), 0), index((C, C), 1)
+        for level in range(2):
+            sym_s.at[level][...] = rows.across_tiles(forth, back, TILE << level).astype(BF)
+        forth, back = rows.diagonal_tiles(forth), rows.diagonal_tiles(back)
+        i, j = lax.rem(index((C, TILE), 0), jnp.int32(TILE)), index((C, TILE), 1)
         same_token = jnp.sum(jnp.where(i == j, forth, 0.0), axis=1)
         same_token = plgpu.layout_cast(lax.broadcast_in_dim(same_token, (C, SLICE), (0,)), ROWS)
-        mirrored = jnp.where(i > j, forth, back)
-        for level in range(2):
-            sym_s.at[level][...] = jnp.where(crossing((C, C), TILE << level) == 1, mirrored, 0.0).astype(BF)
-        tile = rows.diagonal_tiles(mirrored)
+        tile = jnp.where(i > j, forth, back)
         plgpu.barrier_wait(states_in)
         through = constant(0.0, (part, V // 2))
         for side in range(2):
@@ -228,7 +228,6 @@ def within(q, k, v, do, log_decay, states, grads):
         plgpu.commit_smem()
 
         zero, one = (constant(x, (C, SLICE)) for x in (0.0, 1.0))
-        results = []
         for s in range(part // SLICE):
             mine = pl.ds(s * SLICE, SLICE)
             g = load(g_s.at[:, mine]).astype(F32)
@@ -240,7 +239,7 @@ def within(q, k, v, do, log_decay, states, grads):
             def learn(level, size, to_token, after_token, mine=mine, q=q, k=k, sums=sums):
                 x = rows.pick(size, q * to_token, k * after_token)
                 if size < TILE:
-                    pairs = jnp.where(crossing((C, TILE), size) == 1, tile, 0.0).astype(BF)
+                    pairs = jnp.where(crossing(size) == 1, tile, 0.0).astype(BF)
                     dx = rows.tile_apply(zero, pairs, x.astype(BF))
                 else:
                     x_s = (q_s if size == TILE else reads_s).at[:, mine]
@@ -258,7 +257,7 @@ def within(q, k, v, do, log_decay, states, grads):
                 if size == 1:
                     sums["g"] = rows.pick(size, met, zero)
                 elif size <= TILE:
-                    sums["g"] = rows.tile_apply(sums["g"], spanned((C, TILE), size).astype(BF), met.astype(BF))
+                    sums["g"] = rows.tile_apply(sums["g"], spanned(size).astype(BF), met.astype(BF))
                 else:
                     q_s.at[:, mine][...] = met.astype(BF)
 
@@ -276,28 +275,19 @@ def within(q, k, v, do, log_decay, states, grads):
             writes_s.at[:, mine][...] = (k * writes).astype(BF)
             dq, dk = sums["q"] + reads, sums["k"] + writes
             dg = sums["g"] + whole * along_columns(through_s.at[mine], (C, SLICE))
-            results.append((dq.astype(BF), dg - a * dk if tied else dg, None if tied else dk.astype(BF)))
-        plgpu.commit_smem()
+            plgpu.commit_smem()
 
-        above, below = index((C, C), 1) >= index((C, C), 0), index((C, C), 1) < index((C, C), 0)
-        joined = spanned((C, C), 2 * TILE).astype(BF)
-        above, below = (jnp.where(x, 1.0, 0.0).astype(BF) for x in (above, below))
+            def gather(acc, mine=mine):  # (1 - k is the gate)
+                plgpu.wgmma(acc, rows.order_masks("joined"), q_s.at[:, mine])
+                plgpu.wgmma(acc, rows.order_masks("above"), reads_s.at[:, mine])
+                plgpu.wgmma(acc, rows.order_masks("below"), writes_s.at[:, mine])
 
-        def gather(refs):
-            for s, acc in enumerate(refs):
-                mine = pl.ds(s * SLICE, SLICE)
-                plgpu.wgmma(acc, joined, q_s.at[:, mine])
-                plgpu.wgmma(acc, above, reads_s.at[:, mine])
-                plgpu.wgmma(acc, below, writes_s.at[:, mine])
-
-        gathered = pl.run_state(gather)(tuple(plgpu.ACC.init(r[1]) for r in results))
-        plgpu.commit_smem()  # all warps have read what is now written over
-        for s, dg in enumerate(gathered):
-            mine = pl.ds(s * SLICE, SLICE)
-            q_s.at[:, mine][...] = results[s][0]
+            dg = pl.run_state(gather)(plgpu.ACC.init(dg - (1.0 - k) * dk if tied else dg))
+            plgpu.commit_smem()  # all warps have read what is now written over
+            q_s.at[:, mine][...] = dq.astype(BF)
             g_s.at[:, mine][...] = dg.astype(g_type)
             if not tied:
-                k_s.at[:, mine][...] = results[s][2]
+                k_s.at[:, mine][...] = dk.astype(BF)
         plgpu.commit_smem()
         for source, target in ((q_s, dq_g), (g_s, dg_g), *([] if tied else [(k_s, dk_g)])):
             plgpu.copy_smem_to_gmem(source, target.at[b, at, h, channels])

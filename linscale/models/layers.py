@@ -11,8 +11,7 @@ from flax import nnx
 
 from linscale.config import Model
 from linscale.kernels import linear_attention, linear_attention_step
-from linscale.kernels.axes import Axes
-from linscale.sharding import constrain
+from linscale.sharding import AXES, constrain
 
 EPSILON = 1e-6
 
@@ -101,8 +100,7 @@ def attend(model: Model, q, k, v, *, state, segment_ids, log_decay=None, phase=N
         out, state = linear_attention_step(q[:, 0], k_now, v[:, 0], state, log_decay=now, phase=phase)
         return out[:, None], state
     implementation = None if model.attention == "auto" else model.attention
-    run = functools.partial(
-        linear_attention, log_decay=log_decay, phase=phase, implementation=implementation, axes=Axes()
-    )
+    run = functools.partial(linear_attention, log_decay=log_decay, phase=phase, implementation=implementation)
+    run = functools.partial(run, axes=AXES if state is None else None)  # decoding is left to the partitioner
     out, after = run(q, k, v, initial_state=state, segment_ids=segment_ids)
     return out, None if state is None else after

@@ -12,8 +12,8 @@ from flax import nnx
 
 from linscale.config import Model
 from linscale.kernels import softmax_attention
-from linscale.kernels.axes import Axes
 from linscale.models.layers import RMSNorm, compute_dtype, dense, merge_heads, split_heads
+from linscale.sharding import AXES
 
 
 class Mixer(nnx.Module):
@@ -44,7 +44,8 @@ class Mixer(nnx.Module):
             put = jax.lax.dynamic_update_slice_in_dim
             cache = {"k": put(cache["k"], k, position, axis=1), "v": put(cache["v"], v, position, axis=1)}
             k, v, offset = cache["k"], cache["v"], position
-        out = softmax_attention(q, k, v, segment_ids=segment_ids, offset=offset, start=start, axes=Axes())
+        axes = AXES if cache is None else None
+        out = softmax_attention(q, k, v, segment_ids=segment_ids, offset=offset, start=start, axes=axes)
         return self.out(merge_heads(out)), cache
 
 

@@ -22,6 +22,7 @@ from flax import nnx
 from linscale.config import Model
 from linscale.kernels.axes import Axes, mesh_for, over_mesh
 from linscale.kernels.handing_on import documents, hand_on
+from linscale.sharding import AXES
 
 CHUNK = 16
 SPAN = 32  # chunks between stored states
@@ -40,7 +41,8 @@ class Tpe(nnx.Module):
 
     def __call__(self, x_BTD, *, segment_ids, cache):
         state = jnp.zeros((x_BTD.shape[0], *self.coefficients.shape)) if cache is None else cache
-        y, state = toeplitz(x_BTD.astype(jnp.float32), self.coefficients[...], state, segment_ids, axes=Axes())
+        axes = AXES if cache is None else None
+        y, state = toeplitz(x_BTD.astype(jnp.float32), self.coefficients[...], state, segment_ids, axes=axes)
         return y.astype(x_BTD.dtype), None if cache is None else state
 
 

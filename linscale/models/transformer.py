@@ -21,7 +21,6 @@ from flax import nnx
 from linscale import sharding
 from linscale.config import ConfigError, Model
 from linscale.kernels import cross_entropy
-from linscale.kernels.axes import Axes
 from linscale.models import cosformer2, hgrn2, llama, tnl
 from linscale.models.layers import GatedLinearUnit, activation, compute_dtype
 from linscale.models.tpe import Tpe
@@ -253,7 +252,7 @@ def loss(model: Model, params: dict, batch: dict) -> tuple[jax.Array, jax.Array]
     """
     hidden, _ = forward(model, params, batch["tokens"], batch["segment_ids"])
     head = sharding.gather({"head": output_head(params)})["head"]
-    nll = cross_entropy(hidden, head, batch["labels"], batch["weights"], axes=Axes())
+    nll = cross_entropy(hidden, head, batch["labels"], batch["weights"], axes=sharding.AXES)
     return nll, jnp.sum(batch["weights"])
 
 

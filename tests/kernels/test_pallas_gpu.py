@@ -139,6 +139,14 @@ class TestOnTheDevice:
         arrays, ids = shared.draw(9, 200, kind, segments=True)
         shared.compare("pallas_gpu", arrays, ids, 5e-3, dtype=jnp.bfloat16)
 
+    @pytest.mark.parametrize("kind", ("scalar", "phase", "vector/1"))
+    def test_spans(self, kind):
+        tokens = 2100
+        assert pallas_gpu.choose_spans(6, tokens) > 1
+        assert pallas_gpu.choose_spans(6, tokens, split=2, whole=1) > 1
+        arrays, ids = shared.draw(13, tokens, kind, segments=True)
+        shared.compare("pallas_gpu", arrays, ids, 5e-3, dtype=jnp.bfloat16)
+
     @pytest.mark.parametrize("kind", ("scalar", "vector/1"))
     def test_minus_infinity_forgets(self, kind):
         arrays, _ = shared.draw(11, 40, kind)

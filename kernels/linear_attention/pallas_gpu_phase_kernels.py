@@ -1,0 +1,291 @@
+"""Linear attention with phase on Hopper GPUs, cosines and sines formed on chip: Pallas Mosaic GPU (wgmma, TMA).
+
+cos((t - s) theta) = cos(t theta) cos(s theta) + sin(t theta) sin(s theta), so that an operator with phase is one without
+decay whose state has twice the rows. Positions count from the start of a chunk: the factors are then one small table per
+head, the same for all chunks, and from chunk to chunk the state is turned by a chunk's angle.
+
+Two kernels serve values and all gradients, each walking the sequence either way:
+- `turned_keys`: out_t = sum_s (sum_c q_tc k_sc cos((t-s) theta_c)) v_s. Forward; backwards in time with (k, q, do): dv.
+- `turned_values`: out_tc = sum_s (a_t . b_s) w_sc cos((t-s) theta_c). With (do, v, k): dq; backwards with (v, do, q): dk.
+
+Letters: B batch, T tokens, H heads, K channels that have a phase, V channels that have none, C tokens of a chunk.
+"""
+
+import math
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from linscale.kernels.linear_attention import pallas_gpu_rows as rows
+from linscale.kernels.linear_attention.pallas_gpu_scalar import (
+    BF,
+    F32,
+    LAST,
+    ROWS,
+    C,
+    Zero,
+    call,
+    iota,
+    load,
+    load_global,
+    ring,
+    tiles,
+)
+
+# Rows of `docs` here: the first position of each token's document in the chunk, backwards in time the last; the others.
+EDGE, READS, REACHES, SURVIVES = range(4)
+
+
+def _across(vector, shape, dimension):
+    """A vector along `dimension` of shape, repeated along the other."""
+    x = load(vector, ROWS.reduce(1 - dimension)).astype(F32)
+    return plgpu.layout_cast(lax.broadcast_in_dim(x, shape, (dimension,)), ROWS)
+
+
+def _causal(scores, reverse, doc_s):
+    """scores [C,C] bfloat16, 0 where the row's token does not see the column's."""
+    scores = rows.causal(scores, reverse)
+    if doc_s is not None:
+        edge, j = _across(doc_s.at[EDGE], (C, C), 0), iota((C, C), 1)
+        scores = scores * jnp.where((edge - j if reverse else j - edge) >= 0.0, 1.0, 0.0)
+    return scores.astype(BF)
+
+
+def _sweep(q, k, v, table, turn, initial, docs, reverse, stages, make):
+    """What both kernels share: arguments, the ring of q, k, v, the state in two parts X, Y and its turning.
+
+    make(refs, barriers, warpgroup, (X, Y), reverse, release) -> out, X, Y of one chunk, X and Y not turned yet; it calls
+    `release` once it has work running, to give back the place of the output before.
+    """
+    B, T, H, _ = q.shape
+    keys_turn = make is _keys_chunk
+    half = v.shape[-1] // 2
+    height = k.shape[-1]  # of each part of the state
+    chunks = math.ceil(T / C)
+    stages = min(stages, chunks)
+    documents, start_state = docs is not None, initial is not None
+
+    def body(*refs):
+        refs = list(refs)
+        q_g, k_g, v_g, table_g, turn_g = (refs.pop(0) for _ in range(5))
+        initial_g = refs.pop(0) if start_state else None
+        docs_g = refs.pop(0) if documents else None
+        o_g, final_g = refs.pop(0), refs.pop(0)
+        q_s, k_s, v_s, x_s, y_s, cos_s, sin_s, *more_s, turn_s, full, empty, tables, ready, free, docs_s = (
+            *refs,
+            *([None] if not documents else []),
+        )
+        b, h, wg = (lax.axis_index(a) for a in ("b", "h", "wg"))
+        mine = pl.ds(wg * half, half)
+
+        @pl.when(wg < 2)
+        def _compute():
+            plgpu.set_max_registers(240, action="increase")
+            if start_state:
+                X, Y = (load_global(initial_g.at[b, h, part, :, mine]) for part in range(2))
+            else:
+                X, Y = (plgpu.layout_cast(jnp.zeros((height, half), F32), ROWS) for _ in range(2))
+            x_s.at[wg][...] = X.astype(BF)
+            y_s.at[wg][...] = Y.astype(BF)
+            plgpu.barrier_wait(tables)
+            plgpu.commit_smem()
+            if keys_turn:
+                plgpu.barrier_arrive(free)
+
+            def chunk(t, state):
+                slot = lax.rem(t, jnp.int32(stages))
+                n = chunks - 1 - t if reverse else t
+                *state, zero = state
+                plgpu.barrier_wait(full.at[slot])
+                doc_s = docs_s.at[slot] if documents else None
+
+                def release():  # the output before has left its place in the ring
+                    plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+
+                    @pl.when(t > 0)
+                    def _():
+                        plgpu.barrier_arrive(empty.at[lax.rem(t + stages - 1, jnp.int32(stages))])
+
+                ring_s = q_s.at[slot], k_s.at[slot], v_s.at[slot]
+                own_s = (s.at[zero] for s in more_s)
+                refs = (*ring_s, x_s, y_s, cos_s, sin_s, doc_s, *own_s)
+                out, X, Y = make(refs, (ready, free), wg + zero, state, reverse, release)
+                along = 0 if keys_turn else 1
+                at = pl.ds(0, height) if keys_turn else mine
+                cos, sin = (_across(turn_s.at[part, at], (height, half), along) for part in range(2))
+                X, Y = X * cos + Y * sin, Y * cos - X * sin
+                v_s.at[slot, wg][...] = out.astype(BF)
+                x_s.at[wg][...] = X.astype(BF)
+                y_s.at[wg][...] = Y.astype(BF)
+                plgpu.commit_smem()
+                plgpu.copy_smem_to_gmem(v_s.at[slot, wg], o_g.at[b, pl.ds(n * C, C), h, mine])
+                return X, Y, Zero.next(zero, t)
+
+            X, Y, _ = lax.fori_loop(0, chunks, chunk, (X, Y, Zero.start(turn_g[h, 0, 0])))
+            final_g.at[b, h, 0, :, mine][...] = X
+            final_g.at[b, h, 1, :, mine][...] = Y
+            if keys_turn:
+                plgpu.barrier_wait(free)
+            plgpu.wait_smem_to_gmem(0)
+
+        @pl.when(wg == 2)
+        def _producer():
+            for part, target in enumerate((cos_s, sin_s)):
+                plgpu.copy_gmem_to_smem(table_g.at[part, h], target, tables)
+            plgpu.copy_gmem_to_smem(turn_g.at[h], turn_s, tables)
+
+            def fetch(t, slot):
+                n = chunks - 1 - t if reverse else t
+                at = pl.ds(n * C, C)
+                plgpu.copy_gmem_to_smem(q_g.at[b, at, h], q_s.at[slot], full.at[slot])
+                plgpu.copy_gmem_to_smem(k_g.at[b, at, h], k_s.at[slot], full.at[slot])
+                for w in range(2):
+                    source = v_g.at[b, at, h, pl.ds(w * half, half)]
+                    plgpu.copy_gmem_to_smem(source, v_s.at[slot, w], full.at[slot])
+                if documents:
+                    plgpu.copy_gmem_to_smem(docs_g.at[b, n], docs_s.at[slot], full.at[slot])
+
+            ring(fetch, chunks, stages, empty)
+
+    K = table.shape[-1]
+    matrix = lambda *shape: plgpu.SMEM(shape, BF, transforms=tiles(shape[-1]))  # noqa: E731
+    scratch = [
+        *(matrix(stages, C, height), matrix(stages, C, height), matrix(stages, 2, C, half)),
+        *(matrix(2, height, half), matrix(2, height, half), matrix(C, K), matrix(C, K)),
+        *([matrix(1, C, K), matrix(1, C, K)] if keys_turn else [matrix(1, 2, C, half)]),
+        plgpu.SMEM((2, K), F32),
+        plgpu.Barrier(num_arrivals=4 + documents, num_barriers=stages),
+        plgpu.Barrier(num_arrivals=2, num_barriers=stages),
+        plgpu.Barrier(num_arrivals=3),
+        plgpu.Barrier(num_arrivals=2),
+        plgpu.Barrier(num_arrivals=2),
+    ]
+    if documents:
+        scratch.append(plgpu.SMEM((stages, 4, C), BF))
+    out_type = [jax.ShapeDtypeStruct(v.shape, BF), jax.ShapeDtypeStruct((B, H, 2, height, v.shape[-1]), F32)]
+    if documents:  # whole numbers up to 63, and only what is read: shared memory is full
+        docs = (docs[:, :, LAST:] if reverse else jnp.delete(docs, LAST, axis=2)).astype(BF)
+    inputs = [x for x in (q, k, v, table, turn, initial, docs) if x is not None]
+    name = "linear_attention_turned_" + ("keys" if keys_turn else "values")
+    return call(body, name, out_type, scratch, (B, H))(*inputs)
+
+
+def turned_keys(q, k, v, table, turn, initial, docs, *, reverse=False, stages=2):
+    """out [B,T,H,V] and the state after the last chunk [B,H,2,K,V] (before the first with `reverse`).
+
+    q, k [B,T,H,K], v [B,T,H,V] bfloat16; table [2,H,C,K] bfloat16, turn [H,2,K] float32: see pallas_gpu_phase.tables;
+    initial [B,H,2,K,V] float32 or None; docs [B,chunks,5,C] float32 or None.
+    """
+    return _sweep(q, k, v, table, turn, initial, docs, reverse, stages, _keys_chunk)
+
+
+def turned_values(a, b, w, table, turn, initial, docs, *, reverse=False, stages=2):
+    """out [B,T,H,K] and the state [B,H,2,V,K]; a, b [B,T,H,V], w [B,T,H,K]. Otherwise as `turned_keys`."""
+    return _sweep(a, b, w, table, turn, initial, docs, reverse, stages, _values_chunk)
+
+
+def _keys_chunk(refs, barriers, wg, state, reverse, release):
+    """The two warpgroups form the factors of half of the channels each, and own half of the values' channels."""
+    q_s, k_s, v_s, x_s, y_s, cos_s, sin_s, doc_s, q_sin_s, k_sin_s = refs
+    ready, free = barriers
+    X, Y = state
+    half, K = v_s.shape[-1], q_s.shape[-1]
+    channels = pl.ds(wg * (K // 2), K // 2)
+    plgpu.barrier_wait(free)  # the other has read what is now written over
+    cos, sin = (load(s.at[:, channels]) for s in (cos_s, sin_s))
+    for x_in, x_sin in ((q_s, q_sin_s), (k_s, k_sin_s)):
+        x = load(x_in.at[:, channels])
+        x_sin.at[:, channels][...] = x * sin
+        x_in.at[:, channels][...] = x * cos
+    plgpu.commit_smem()
+    plgpu.barrier_arrive(ready)
+    plgpu.barrier_wait(ready)
+
+    def scores(acc, oacc):
+        plgpu.wgmma(acc, q_s, k_s.transpose((1, 0)))
+        plgpu.wgmma(acc, q_sin_s, k_sin_s.transpose((1, 0)))
+        plgpu.wgmma(oacc, q_s, x_s.at[wg])
+        plgpu.wgmma(oacc, q_sin_s, y_s.at[wg])
+        release()
+        p = _causal(plgpu.wgmma_accumulator_load(acc, wait_n=2), reverse, doc_s)
+        return p, oacc[...]
+
+    p, o = pl.run_scoped(scores, plgpu.ACC((C, C), F32), plgpu.ACC((C, half), F32))
+    X, Y, o, weigh = _documents(doc_s, reverse, X, Y, o)
+    mine = v_s.at[wg]
+    if weigh is not None:  # the scores take the values as they are, the state weighted
+        o = pl.run_state(lambda acc: plgpu.wgmma(acc, p, mine))(plgpu.ACC.init(o))
+        mine[...] = (load(mine).astype(F32) * weigh).astype(BF)
+        plgpu.commit_smem()
+
+    def update(refs):
+        oacc, xacc, yacc = refs
+        if weigh is None:
+            plgpu.wgmma(oacc, p, mine)
+        plgpu.wgmma(xacc, k_s.transpose((1, 0)), mine)
+        plgpu.wgmma(yacc, k_sin_s.transpose((1, 0)), mine)
+
+    o, X, Y = pl.run_state(update)((plgpu.ACC.init(o), plgpu.ACC.init(X), plgpu.ACC.init(Y)))
+    plgpu.barrier_arrive(free)
+    return o, X, Y
+
+
+def _values_chunk(refs, barriers, wg, state, reverse, release):
+    """Each warpgroup owns half of the channels that have a phase; the two never wait for each other."""
+    a_s, b_s, w_s, x_s, y_s, cos_s, sin_s, doc_s, sin_w_s = refs
+    X, Y = state
+    half = w_s.shape[-1]
+    channels = pl.ds(wg * half, half)
+    w_cos, w_sin = w_s.at[wg], sin_w_s.at[wg]
+
+    def scores(acc):
+        plgpu.wgmma(acc, a_s, b_s.transpose((1, 0)))
+        w = load(w_cos)
+        w_sin[...] = w * load(sin_s.at[:, channels])
+        w_cos[...] = w * load(cos_s.at[:, channels])
+        release()
+        return _causal(acc[...], reverse, doc_s)
+
+    p = pl.run_scoped(scores, plgpu.ACC((C, C), F32))
+    plgpu.commit_smem()
+    X, Y, _, weigh = _documents(doc_s, reverse, X, Y, None)
+    # One part after the other, the first rounded: registers hold no more.
+    of_cos, X = _values_part(a_s, b_s, w_cos, x_s.at[wg], p, X, doc_s, weigh, reverse)
+    of_cos = (of_cos * load(cos_s.at[:, channels]).astype(F32)).astype(BF)
+    of_sin, Y = _values_part(a_s, b_s, w_sin, y_s.at[wg], p, Y, doc_s, weigh, reverse)
+    return of_sin * load(sin_s.at[:, channels]).astype(F32) + of_cos.astype(F32), X, Y
+
+
+def _values_part(a_s, b_s, w_s, before_s, p, X, doc_s, weigh, reverse):
+    """What a chunk reads of cosines or of sines [C,half], not turned back yet, and that part of the state after it."""
+    zero = plgpu.layout_cast(jnp.zeros(w_s.shape, F32), ROWS)
+    init = plgpu.ACC.init
+
+    def update(refs):
+        plgpu.wgmma(refs[0], a_s, before_s)
+        plgpu.wgmma(refs[0], p, w_s)
+        plgpu.wgmma(refs[1], b_s.transpose((1, 0)), w_s)
+
+    if weigh is None:
+        return pl.run_state(update)((init(zero), init(X)))
+    out = pl.run_state(lambda acc: plgpu.wgmma(acc, a_s, before_s))(init(zero))
+    out = out * _across(doc_s.at[REACHES if reverse else READS], w_s.shape, 0)
+    out = pl.run_state(lambda acc: plgpu.wgmma(acc, p, w_s))(init(out))
+    w_s[...] = (load(w_s).astype(F32) * weigh).astype(BF)
+    plgpu.commit_smem()
+    return out, pl.run_state(lambda acc: plgpu.wgmma(acc, b_s.transpose((1, 0)), w_s))(init(X))
+
+
+def _documents(doc_s, reverse, X, Y, o):
+    """State and what was read of it, cut at documents; and what of each token reaches the state [C,half]."""
+    if doc_s is None:
+        return X, Y, o, None
+    half = X.shape[-1]
+    survives = _across(doc_s.at[SURVIVES, pl.ds(0, half)], X.shape, 1)
+    reads, writes = (REACHES, READS) if reverse else (READS, REACHES)
+    if o is not None:
+        o = o * _across(doc_s.at[reads], o.shape, 0)
+    return X * survives, Y * survives, o, _across(doc_s.at[writes], (C, half), 0)

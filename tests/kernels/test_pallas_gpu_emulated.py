@@ -1,0 +1,85 @@
+"""The Hopper kernels' arithmetic, barriers and gradients on a CPU (see emulator.py), against the float64 scan."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import test_linear_attention as shared
+
+from linscale.kernels import linear_attention
+from linscale.kernels.linear_attention import pallas_gpu
+
+old = tuple(int(x) for x in jax.__version__.split(".")[:2]) < (0, 11)
+pytestmark = pytest.mark.skipif(old, reason=f"jax {jax.__version__} has no Mosaic GPU as of jax >= 0.11")
+
+
+def outputs_and_gradients(run, arrays, weights):
+    """`run`'s outputs and the gradients of their weighted sum in all arrays whose gradient needs no other program."""
+    fixed = {n: a for n, a in arrays.items() if n == "phase" or (n == "log_decay" and a.ndim == 1)}
+    free = {n: a for n, a in arrays.items() if n not in fixed}
+    outputs, pull = jax.vjp(lambda free: run(**{"k": None, "log_decay": None} | free | fixed), free)
+    (grads,) = pull(tuple(jnp.asarray(w).astype(o.dtype) for w, o in zip(weights, outputs)))
+    got = dict(zip(("out", "state"), outputs)) | {f"d_{n}": g for n, g in grads.items()}
+    return {n: np.asarray(a, np.float64) for n, a in got.items()}
+
+
+def compare(arrays, ids, spans, monkeypatch):
+    from emulator import emulated
+
+    monkeypatch.setattr(pallas_gpu, "choose_spans", lambda *_, **__: spans)
+    low = {n: jnp.asarray(a, jnp.bfloat16 if n in "qkv" else jnp.float32) for n, a in arrays.items()}
+    rng = np.random.default_rng(1)
+    rows = (2 if "phase" in arrays else 1) * shared.KEY
+    shapes = (arrays["v"].shape, (*np.array(arrays["v"].shape)[[0, 2]], rows, shared.VALUE))
+    weights = [rng.normal(size=s).astype(jnp.bfloat16) for s in shapes]
+
+    def ours(q, k, v, log_decay=None, phase=None, initial_state=None):
+        return pallas_gpu.pallas_gpu(q, k, v, log_decay, phase, initial_state, ids)
+
+    def scan(q, k, v, **named):
+        return linear_attention(q, k, v, segment_ids=ids, implementation="scan", **named)
+
+    with emulated():
+        got = outputs_and_gradients(ours, low, weights)
+    with jax.enable_x64(True):
+        want = outputs_and_gradients(scan, {n: jnp.asarray(np.asarray(a, np.float64)) for n, a in low.items()}, weights)
+    errors = shared.relative_errors(got, want)
+    assert max(errors.values()) < 5e-3, errors
+
+
+@pytest.fixture(autouse=True)
+def one_row(monkeypatch):
+    for name, size in {"BATCH": 1, "HEADS": 1, "KEY": 128, "VALUE": 128}.items():
+        monkeypatch.setattr(shared, name, size)
+
+
+def draw(kind, tokens, **kw):
+    arrays, ids = shared.draw(tokens, tokens, kind, **kw)
+    if kind.startswith("scalar"):
+        arrays["log_decay"] = np.array([-0.05])
+    return arrays, ids
+
+
+@pytest.mark.parametrize(
+    ("kind", "spans", "segments", "tied"),
+    [
+        ("scalar", 1, True, False),
+        ("scalar", 2, False, False),
+        ("phase", 1, True, False),
+        ("phase", 1, False, False),
+        ("vector/1", 1, True, False),
+        ("vector/0.1", 2, False, True),
+        ("vector/10", 2, True, False),
+    ],
+)
+def test_values_states_and_gradients(kind, spans, segments, tied, monkeypatch):
+    arrays, ids = draw(kind, 130, segments=segments, tied_key=tied)
+    compare(arrays, ids, spans, monkeypatch)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ("none", "scalar-zero", "phase", "vector/0.05", "vector/1"))
+@pytest.mark.parametrize("tokens", (1, 63, 64, 65, 500))
+def test_lengths(kind, tokens, monkeypatch):
+    arrays, ids = draw(kind, tokens, segments=tokens > 64)
+    compare(arrays, ids, 1 if kind == "phase" or tokens < 65 else 2, monkeypatch)
