@@ -39,13 +39,13 @@ from jax.experimental.pallas import tpu as pltpu  # noqa: E402
 
 from linscale.kernels.linear_attention import pallas_tpu, pallas_tpu_tiles  # noqa: E402
 
-# Topology to ask for, cycles a second, bytes a second of one core (data sheets; v4, v5p and tpu7x have two a chip).
+# Topology to ask for, cores of a chip, cycles a second and bytes a second of one core (data sheets).
 CHIPS = {
-    "v4": ("v4:2x2x1", 1.05e9, 1228e9 / 2),
-    "v5e": ("v5e:2x2", 1.5e9, 819e9),
-    "v5p": ("v5p:2x2x1", 1.75e9, 2765e9 / 2),
-    "v6e": ("v6e:2x2", 1.75e9, 1640e9),
-    "tpu7x": ("tpu7x:2x2x1", 2.2e9, 7380e9 / 2),
+    "v4": ("v4:2x2x1", 2, 1.05e9, 1228e9 / 2),
+    "v5e": ("v5e:2x2", 1, 1.5e9, 819e9),
+    "v5p": ("v5p:2x2x1", 2, 1.75e9, 2765e9 / 2),
+    "v6e": ("v6e:2x2", 1, 1.75e9, 1640e9),
+    "tpu7x": ("tpu7x:2x2x1", 2, 2.2e9, 7380e9 / 2),
 }
 KINDS = ("none", "scalar", "vector", "tied", "phase")
 UNITS = ("mxu", "xlu", "valu", "vpop", "eup", "vload", "fill", "vstore", "spill", "salu")
@@ -57,7 +57,10 @@ def mesh_of(generation):
 
 
 def compile_kernel(mesh, kind, direction, batch, tokens, heads, channels, dtype):
-    """Compiles one call on [B,T,H*K] arrays, as the projections around it write and read them; (seconds, bytes)."""
+    """Compiles one call on [B,T,H*K] arrays, as the projections around it write and read them; backward with its forward.
+
+    ((seconds, seconds of processors), bytes of temporary arrays).
+    """
     whole = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
     array = lambda shape, dtype: jax.ShapeDtypeStruct(shape, dtype, sharding=whole)  # noqa: E731
     flat = array((batch, tokens, heads * channels), dtype)
@@ -82,10 +85,11 @@ def compile_kernel(mesh, kind, direction, batch, tokens, heads, channels, dtype)
 
     shutil.rmtree(DUMP, ignore_errors=True)
     function, more = (forward, ()) if direction == "forward" else (backward, (flat,))
-    start = time.perf_counter()
+    start = time.perf_counter(), time.process_time()
     with jax.set_mesh(mesh):
         program = jax.jit(function).lower(flat, flat, flat, extra, *more).compile()
-    return time.perf_counter() - start, program.memory_analysis().temp_size_in_bytes
+    seconds = time.perf_counter() - start[0], time.process_time() - start[1]
+    return seconds, program.memory_analysis().temp_size_in_bytes
 
 
 def dumped(name, ending):
@@ -104,7 +108,7 @@ def schedule(name, trips):
     lines = []
     for line in dumped(name, "packed-bundles-post-ra.txt").read_text().split("\n"):
         if m := re.match(r"^ *(0x[0-9a-f]+|0) +([A-Z]*) *: *(>*) *(\{.*)$", line):
-            depth = len(m[3]) if m[4] != "{}" else lines[-1][2]  # empty ones are printed without their depth
+            depth = lines[-1][2] if m[4].startswith("{}") else len(m[3])  # empty ones are printed without it
             lines.append((int(m[1], 16), m[2], depth, m[4]))
     starts = {depth: [i for i, x in enumerate(lines) if x[1] == "LB" and x[2] == depth] for depth in (1, 2)}
 
@@ -139,7 +143,7 @@ def schedule(name, trips):
 
 def floors(generation, kind, direction, plan, columns, channels, dtype):
     """Cycles of one grid step: (matrix unit, memory)."""
-    _, clock, bandwidth = CHIPS[generation]
+    _, _, clock, bandwidth = CHIPS[generation]
     with jax.set_mesh(mesh_of(generation)):
         peak = pltpu.get_tpu_info().bf16_ops_per_second
     products = {"forward": (4, 4), "backward": (10, 10)}[direction]
@@ -157,9 +161,11 @@ def measure(generation, kind, direction, channels, *, batch=8, tokens=8192, head
         plan = pallas_tpu.plan_for(tokens, heads, channels, channels, kind, jnp.dtype(dtype), False)
     columns = plan.columns if direction == "forward" else plan.columns_backward
     seconds, temporary = compile_kernel(mesh, kind, direction, batch, tokens, heads, channels, dtype)
-    trips = pallas_tpu.inner_loops(plan, kind, direction)
+    trips = pallas_tpu.inner_loops(plan, direction)
     cycles, slots, vmem, loops = schedule(f"linear_attention_{direction}", trips)
     matrix, memory = floors(generation, kind, direction, plan, columns, channels, dtype)
+    steps = batch * tokens / plan.block * (heads * channels / pallas_tpu.LANES / columns)
+    _, cores, clock, _ = CHIPS[generation]
     return {
         "generation": generation,
         "kind": kind,
@@ -173,10 +179,13 @@ def measure(generation, kind, direction, channels, *, batch=8, tokens=8192, head
         "hbm_floor": round(memory),
         "ratio": round(cycles / max(matrix, memory), 2),
         "loops": loops,
+        "milliseconds": round(steps * max(cycles, memory) / clock / cores * 1e3, 2),
+        "floor_milliseconds": round(steps * max(matrix, memory) / clock / cores * 1e3, 2),
         "spills_and_fills": slots["spill"] + slots["fill"],
         "vmem_bytes": vmem,
         "temporary_bytes": temporary,
-        "compile_seconds": round(seconds, 1),
+        "compile_seconds": round(seconds[0], 1),
+        "compile_cpu_seconds": round(seconds[1], 1),
         "slots": slots,
     }
 
@@ -193,17 +202,23 @@ COLUMNS = {
     "mxu_floor": "MXU floor",
     "hbm_floor": "HBM floor",
     "ratio": "ratio",
+    "milliseconds": "ms of a chip",
+    "floor_milliseconds": "floor ms",
     "spills_and_fills": "spills + fills",
     "vmem_bytes": "VMEM MiB",
     "compile_seconds": "compile s",
+    "compile_cpu_seconds": "of a processor",
 }
+
+
+def cells(row):
+    return [f"{row[c] / 2**20:.1f}" if c == "vmem_bytes" else f"{row[c]}" for c in COLUMNS]
 
 
 def table(rows):
     lines = ["| " + " | ".join(COLUMNS.values()) + " |", "|" + "---|" * len(COLUMNS)]
     for row in rows:
-        cells = [f"{row[c] / 2**20:.1f}" if c == "vmem_bytes" else f"{row[c]}" for c in COLUMNS]
-        lines.append("| " + " | ".join(cells) + " |")
+        lines.append("| " + " | ".join(cells(row)) + " |")
     return "\n".join(lines) + "\n"
 
 
@@ -214,6 +229,8 @@ def main():
     parser.add_argument("--kinds", type=words, default=list(KINDS))
     parser.add_argument("--channels", type=lambda s: [int(x) for x in s.split(",")], default=[128, 64])
     parser.add_argument("--directions", type=words, default=["forward", "backward"])
+    parser.add_argument("--batch", type=int, default=8)
+    parser.add_argument("--heads", type=int, default=16)
     parser.add_argument("--tiles", help="chunk,block,forward columns,backward columns: instead of the table's")
     parser.add_argument("--output", help="folder for schedules.json and schedules.md")
     parser.add_argument("--keep", action="store_true", help="keep the compiler's dump of the last kernel")
@@ -226,9 +243,9 @@ def main():
                 pallas_tpu_tiles.table(kind)[generation] = own
             for channels in args.channels:
                 for direction in args.directions:
-                    row = measure(generation, kind, direction, channels)
+                    row = measure(generation, kind, direction, channels, batch=args.batch, heads=args.heads)
                     rows.append(row)
-                    print(" ".join(f"{COLUMNS[c]} {row[c]}," for c in COLUMNS), row["loops"], flush=True)
+                    print(", ".join(f"{name} {cell}" for name, cell in zip(COLUMNS.values(), cells(row))), flush=True)
     if args.output:
         folder = pathlib.Path(args.output)
         folder.mkdir(parents=True, exist_ok=True)

@@ -84,8 +84,13 @@ def kind_of(k, log_decay, phase) -> str:
 def plan_for(tokens, H, K, V, kind, dtype, interpret, q=None) -> scalar.Plan:
     """Tiles for the generation that the program is for; blocks of equal size that pad the tokens least."""
     heads = 2 if K == V == 64 else 1
-    size = tiles.table(kind)[tiles.generation(tiles.target(q))]
+    generation = tiles.generation(tiles.target(q))
+    size = tiles.table(kind)[generation]
     columns = -(-H // heads)
+    share = (
+        heads if kind in ("vector", "tied") else 1
+    )  # two heads of 64, or products in six passes: columns of more work
+    share *= jnp.dtype(dtype).itemsize // 2
     chunks = -(-tokens // size.chunk)
     most = max(size.block // size.chunk * 2 // jnp.dtype(dtype).itemsize, 1)  # float32 fills memory twice as fast
     return scalar.Plan(
@@ -93,17 +98,17 @@ def plan_for(tokens, H, K, V, kind, dtype, interpret, q=None) -> scalar.Plan:
         heads=heads,
         chunk=size.chunk,
         chunks=-(-chunks // -(-chunks // most)),
-        columns=_divisor(columns, size.forward),
-        columns_backward=_divisor(columns, size.backward),
+        columns=_divisor(columns, max(size.forward // share, 1)),
+        columns_backward=_divisor(columns, max(size.backward // share, 1)),
         decay=kind == "scalar",
+        memory=tiles.MEMORY[generation],
         interpret=interpret,
     )
 
 
-def inner_loops(plan, kind, direction) -> list[int]:
+def inner_loops(plan, direction) -> list[int]:
     """Trips of the loops inside a grid step, for reading a compiled schedule; loops of one trip are no loops."""
-    unrolled = kind in ("none", "scalar", "phase") and plan.chunks <= 4
-    trips = [plan.chunks] * (1 if direction == "forward" or unrolled else 2)
+    trips = [plan.chunks] * (1 if direction == "forward" or plan.chunks <= scalar.UNROLLED else 2)
     return [n for n in trips if n > 1]
 
 

@@ -23,6 +23,7 @@ from linscale.kernels.linear_attention.pallas_tpu_scalar import (
     NN,
     NT,
     TN,
+    UNROLLED,
     Plan,
     by_head,
     call,
@@ -230,7 +231,7 @@ def backward(plan: Plan, q, k, v, theta, docs, saved, d_out, d_final, *, learn: 
                 )
             return 0
 
-        lax.fori_loop(0, plan.chunks, onward, 0, unroll=plan.chunks <= 4)
+        lax.fori_loop(0, plan.chunks, onward, 0, unroll=plan.chunks <= UNROLLED)
         lax.fori_loop(0, plan.chunks, back, 0)
 
         @pl.when(t == 0)

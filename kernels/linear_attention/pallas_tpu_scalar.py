@@ -22,6 +22,8 @@ from jax.experimental.pallas import tpu as pltpu
 
 F32 = jnp.float32
 LANES = 128
+ORDER = ("parallel", "parallel", "arbitrary")  # of the grid: batch, groups of columns, blocks
+UNROLLED = 8  # chunks of a block, at most, whose onward walk is one piece for the scheduler
 NN, NT, TN = (1, 0), (1, 1), (0, 0)  # which dimension of each operand a matrix product sums over
 DOCUMENT_ROWS = 8  # rows of the array that tells documents apart: see pallas_tpu._documents
 
@@ -36,6 +38,7 @@ class Plan(NamedTuple):
     columns: int  # worked on together, forward
     columns_backward: int
     decay: bool
+    memory: int | None = None  # bytes of VMEM a kernel may take; None: the compiler's limit
     interpret: object = False
 
     @property
@@ -202,7 +205,7 @@ def call(plan, columns, body, inputs, outputs, scratch, like, *, reverse, name):
         out_specs=[spec[kind] for kind, *_ in outputs],
         out_shape=shapes,
         scratch_shapes=scratch,
-        compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel", "parallel", "arbitrary")),
+        compiler_params=pltpu.CompilerParams(dimension_semantics=ORDER, vmem_limit_bytes=plan.memory),
         interpret=plan.interpret,
         name=name,
     )(*[x for _, x in inputs])
@@ -372,7 +375,7 @@ def backward(plan: Plan, q, k, v, rate, docs, saved, d_out, d_final, *, learn: b
                     learned(w, length * weight.through * states[w, c].astype(F32) * after)
             return 0
 
-        lax.fori_loop(0, plan.chunks, onward, 0, unroll=plan.chunks <= 4)
+        lax.fori_loop(0, plan.chunks, onward, 0, unroll=plan.chunks <= UNROLLED)
         lax.fori_loop(0, plan.chunks, back, 0)
 
         @pl.when(t == 0)

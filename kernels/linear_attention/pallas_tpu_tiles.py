@@ -2,7 +2,8 @@
 
 chunk: tokens of a masked product; 256 fills the 256 x 256 matrix units from v6e on. block: tokens that one grid step
 reads; the forward pass leaves one state per block for the backward pass. columns: how many 128-lane columns one grid
-step works on, forward and backward: more give the scheduler more independent work, and cost on-chip memory.
+step works on, forward and backward: more give the scheduler more independent work, and cost on-chip memory and time to
+compile. With two heads a column and vector decay, and in float32, half as many do.
 """
 
 from typing import NamedTuple
@@ -19,17 +20,17 @@ class Tiles(NamedTuple):
 
 SCALAR = {
     "v4": Tiles(128, 512, 8, 4),
-    "v5e": Tiles(128, 512, 8, 4),
-    "v5p": Tiles(128, 512, 8, 4),
-    "v6e": Tiles(256, 512, 8, 4),
-    "tpu7x": Tiles(256, 512, 8, 4),
+    "v5e": Tiles(128, 512, 8, 8),
+    "v5p": Tiles(128, 512, 8, 8),
+    "v6e": Tiles(256, 512, 8, 8),
+    "tpu7x": Tiles(256, 512, 8, 8),
 }
 VECTOR = {
-    "v4": Tiles(128, 512, 2, 1),
-    "v5e": Tiles(128, 512, 2, 1),
-    "v5p": Tiles(128, 512, 2, 1),
-    "v6e": Tiles(128, 512, 2, 1),
-    "tpu7x": Tiles(128, 512, 2, 1),
+    "v4": Tiles(128, 512, 4, 2),
+    "v5e": Tiles(128, 512, 4, 4),
+    "v5p": Tiles(128, 512, 4, 4),
+    "v6e": Tiles(128, 512, 8, 4),
+    "tpu7x": Tiles(128, 512, 8, 4),
 }
 PHASE = {
     "v4": Tiles(128, 512, 4, 2),
@@ -38,6 +39,10 @@ PHASE = {
     "v6e": Tiles(256, 512, 4, 2),
     "tpu7x": Tiles(256, 512, 4, 2),
 }
+
+
+# Bytes of on-chip memory that a kernel may take: half of what a core has, or all where that is little.
+MEMORY = {"v4": 16 << 20, "v5e": 64 << 20, "v5p": 32 << 20, "v6e": 64 << 20, "tpu7x": 32 << 20}
 
 
 def table(kind: str) -> dict[str, Tiles]:

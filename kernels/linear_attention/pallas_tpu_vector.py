@@ -27,6 +27,7 @@ from linscale.kernels.linear_attention.pallas_tpu_scalar import (
     NN,
     NT,
     TN,
+    UNROLLED,
     Plan,
     by_head,
     call,
@@ -36,6 +37,7 @@ from linscale.kernels.linear_attention.pallas_tpu_scalar import (
 )
 
 TILE = 8  # sublanes: blocks of this many tokens and more are whole registers
+FORGET = -16384.0  # log of a gate of zero; a power of two, exact in bfloat16
 STARTS = 4  # row of the documents' array: 1 where a document begins
 
 
@@ -43,16 +45,31 @@ def levels_of(C):
     return [1 << n for n in range(C.bit_length() - 1)]
 
 
-def mask_shapes(C):
-    """One mask per level."""
-    return [pltpu.VMEM((C, C), F32) for _ in levels_of(C)]
+def table_shapes(C, dtype, *, backward):
+    """Masks of all levels, of which the backward pass also needs one as bits; and there, which tokens are later."""
+    levels, packing = len(levels_of(C)), 4 // jnp.dtype(dtype).itemsize
+    more = [pltpu.VMEM((levels, C // packing, C), jnp.int32), pltpu.VMEM((C, C), dtype)]
+    return [pltpu.VMEM((levels, C, C), F32)] + more * backward
 
 
-def fill_masks(refs, C):
-    """Which pairs meet at each level, in either order: those of a block of 2h tokens that are in different halves."""
+def fill_tables(C, masks, bits=None, later=None):
+    """masks: which pairs meet at each level, those of a block of 2h tokens that are in different halves: [query, key],
+    and with `bits`, the same as words that hold one or two rows, in both orders. later [t,s]: whether s is after t."""
     row, col = (lax.broadcasted_iota(jnp.int32, (C, C), d) for d in (0, 1))
-    for h, ref in zip(levels_of(C), refs):
-        ref[...] = ((row ^ col) // h == 1).astype(F32)
+    for i, h in enumerate(levels_of(C)):
+        meet = (row ^ col) // h == 1
+        masks[i] = (meet if bits is not None else meet & (row > col)).astype(F32)
+    if bits is not None:
+        later[...] = (col > row).astype(F32).astype(later.dtype)
+        first, last, ones = (row, row, (-1, -1)) if bits.shape[1] == C else (2 * row, 2 * row + 1, (0xFFFF, -0x10000))
+        for i, h in enumerate(levels_of(C)):
+            word = [jnp.where((r ^ col) // h == 1, one, 0) for r, one in zip((first, last), ones)]
+            bits[i] = (word[0] | word[1])[: bits.shape[1]]
+
+
+def kept(x, bits):
+    """x [C,C] where the bits are ones, else zero: half a masked product's work in bfloat16."""
+    return pltpu.bitcast(pltpu.bitcast(x, jnp.int32) & bits, x.dtype)
 
 
 def halves(x, h):
@@ -76,8 +93,15 @@ def add_to_half(x, which, y, h):
     return joined(*parts, h)
 
 
+def summed(table, x, exact):
+    """table [C,C] times x [C,.] float32, by parts of x in the table's dtype: one if that is exact, else two."""
+    high = x.astype(table.dtype)
+    total = dot(table, high, NN)
+    return total if exact else total + dot(table, (x - high.astype(F32)).astype(table.dtype), NN)
+
+
 def gate_products(a):
-    """From gates [C,128] float32: per level (h, weight), then (to, after) of the whole chunk, and its total [1,128].
+    """From gates [C,128] float32: level by level (h, weight); last (C, ((to, after) of the whole chunk, its total [1,128])).
 
     weight: in upper halves of blocks of 2h tokens, the product of the gates from the half's first token to each token;
     in lower halves, of those after each token up to the half's last.
@@ -86,11 +110,10 @@ def gate_products(a):
     tiles = (C // TILE, TILE, LANES)
     to, after, total = a.reshape(tiles), jnp.ones(tiles, F32), a.reshape(tiles)  # within blocks of h tokens
     flat = lambda x: x.reshape(C, LANES)  # noqa: E731
-    levels = []
     h = 1
     while h < TILE:
         upper = upper_rows(h, tiles)
-        levels.append((h, flat(jnp.where(upper, to, after))))
+        yield h, flat(jnp.where(upper, to, after))
         other = pltpu.roll(total, h, 1)  # total of the other half
         if 2 * h < TILE:
             other = jnp.where(upper, other, pltpu.roll(total, TILE - h, 1))
@@ -101,13 +124,13 @@ def gate_products(a):
     while h < C:
         split = lambda x, h=h: x.reshape(C // (2 * h), 2, -1, TILE, LANES)  # noqa: E731
         lower, upper = (split(after)[:, :1], split(to)[:, 1:])
-        levels.append((h, flat(jnp.concatenate([lower, upper], axis=1))))
+        yield h, flat(jnp.concatenate([lower, upper], axis=1))
         of_lower, of_upper = (split(total)[:, i] for i in (0, 1))  # [blocks, 1, 8, 128]
         to = jnp.concatenate([split(to)[:, :1], upper * of_lower[:, None]], axis=1).reshape(tiles)
         after = jnp.concatenate([lower * of_upper[:, None], split(after)[:, 1:]], axis=1).reshape(tiles)
         total = of_lower * of_upper
         h *= 2
-    return levels, (flat(to), flat(after)), total.reshape(TILE, LANES)[:1]
+    yield C, ((flat(to), flat(after)), total.reshape(TILE, LANES)[:1])
 
 
 def upper_rows(h, shape):
@@ -125,12 +148,15 @@ def times(x, weight, dtype):
 
 
 def gates_and_keys(g, k, starts):
-    """(gates, the derivative of tied keys' gates or None, keys), float32 [C,128], from log gates."""
+    """(log gates, gates, the derivative of tied keys' gates or None, keys), float32 [C,128]."""
+    g = jnp.maximum(g.astype(F32), FORGET)
     a = jnp.exp(g)
     # 1 - a would lose digits near zero
     tied = lambda: jnp.where(g > -0.02, -g * (1.0 + g * (0.5 + g * (1.0 / 6.0))), 1.0 - a)  # noqa: E731
     keys = tied() if k is None else k.astype(F32)
-    return (a if starts is None else jnp.where(starts > 0.0, 0.0, a)), a, keys
+    if starts is None:
+        return g, a, a, keys
+    return jnp.where(starts > 0.0, FORGET, g), jnp.where(starts > 0.0, 0.0, a), a, keys
 
 
 def head_sums(x, heads):
@@ -142,19 +168,17 @@ def head_sums(x, heads):
 
 def walk(q, k, v, a, state, masks, heads):
     """One chunk: (what queries read [C,128] float32, the state after). q, k, a float32; v in its own dtype."""
-    dtype, C = v.dtype, q.shape[0]
-    levels, (to_all, after_all), total = gate_products(a)
+    dtype, C, levels = v.dtype, q.shape[0], gate_products(a)
     scores = [jnp.zeros((C, C), F32)] * heads
-    row, col = (lax.broadcasted_iota(jnp.int32, (C, C), d) for d in (0, 1))
-    for (h, weight), mask in zip(levels, masks):
+    for mask, (h, weight) in zip(range(len(levels_of(C))), levels):
         both = weighted(q, k, weight, h, dtype)
         for g in range(heads):
             if h < TILE:
-                scores[g] = scores[g] + dot(only(both, g, heads), both, NT) * mask[...]
+                scores[g] = scores[g] + dot(only(both, g, heads), both, NT) * masks[mask]
             else:
                 queries = only(packed_halves(both, q * weight, h)[1], g, heads)
-                scores[g] = add_to_half(scores[g], 1, dot(queries, both, NT) * halves(mask[...], h)[1], h)
-    scores = [jnp.where(row > col, s, 0.0) for s in scores]
+                scores[g] = add_to_half(scores[g], 1, dot(queries, both, NT) * halves(masks[mask], h)[1], h)
+    _, ((to_all, after_all), total) = next(levels)
     out = dot(times(q, to_all, dtype), state.astype(dtype), NT)
     out = out + by_head([dot(s.astype(dtype), v, NN) for s in scores], heads)
     out = out + head_sums(q * k, heads) * v.astype(F32)
@@ -168,73 +192,62 @@ def packed_halves(both, exact, h):
     return tuple(x.astype(both.dtype) for x in halves(exact, h))
 
 
-def suffix_sums(x, dtype):
-    """[C,128] float32: for each token the sum over it and all later ones, on the matrix unit."""
-    C = x.shape[0]
-    row, col = (lax.broadcasted_iota(jnp.int32, (C, C), d) for d in (0, 1))
-    later = (col >= row).astype(dtype)
-    if dtype == F32:
-        return dot(later, x, NN)
-    high = x.astype(dtype)
-    return dot(later, high, NN) + dot(later, (x - high.astype(F32)).astype(dtype), NN)
-
-
-def walk_back(q, k, v, d_out, a, state, d_after, masks, heads):
-    """One chunk, backwards: (dq, dk, dv, d log a, the gradient of the state before), float32 [C,128] and [128,128].
+def walk_back(q, k, v, d_out, a, state, d_after, masks, bits, later, heads):
+    """One chunk, backwards: (dq, dk, dv, d log gate, the gradient of the state before), float32 [C,128] and [128,128].
 
     state: before the chunk, in the dtype of v; d_after: gradient of the state after the chunk, float32.
     """
-    dtype, C = v.dtype, q.shape[0]
-    levels, (to_all, after_all), total = gate_products(a)
+    dtype, C, levels = v.dtype, q.shape[0], gate_products(a)
     row, col = (lax.broadcasted_iota(jnp.int32, (C, C), d) for d in (0, 1))
-    d_pairs = []  # gradient of the score of each pair, at [query, key] and at [key, query]
+    d_pairs = []  # gradient of the score of each pair, at [query, key] and, with a minus, at [key, query]
     for g in range(heads):
         below, above = dot(only(d_out, g, heads), v, NT), dot(only(v, g, heads), d_out, NT)
-        d_pairs.append(jnp.where(row > col, below, above))
+        d_pairs.append(jnp.where(row > col, below, -above).astype(dtype))
     scores = [jnp.zeros((C, C), F32)] * heads  # [keys, queries]
 
+    dq = minus_dk = net = jnp.zeros_like(q)
+    for mask, (h, weight) in zip(range(len(levels_of(C))), levels):
+        both = weighted(q, k, weight, h, dtype)
+        d_both = by_head([dot(kept(d, bits[mask]), both, NN) for d in d_pairs], heads)  # minus d keys
+        net = net + both.astype(F32) * d_both
+        d_both = d_both * weight
+        if h < TILE:
+            upper = upper_rows(h, q.shape)
+            dq, minus_dk = dq + jnp.where(upper, d_both, 0.0), minus_dk + jnp.where(upper, 0.0, d_both)
+        else:
+            lower, upper = halves(d_both, h)
+            dq, minus_dk = add_to_half(dq, 1, upper, h), add_to_half(minus_dk, 0, lower, h)
+        for g in range(heads):
+            if h < TILE:
+                scores[g] = scores[g] + dot(only(both, g, heads), both, NT) * masks[mask]
+            else:
+                keys = only(packed_halves(both, k * weight, h)[0], g, heads)
+                scores[g] = add_to_half(scores[g], 0, dot(keys, both, NT) * halves(masks[mask], h)[0], h)
+    scores = [jnp.where(row < col, s, 0.0) for s in scores]
+
     # Between the chunk and the state.
+    _, ((to_all, after_all), total) = next(levels)
     low = d_after.astype(dtype)
     queries, keys = times(q, to_all, dtype), times(k, after_all, dtype)
     dq_in, dk_out = dot(d_out, state, NN), dot(v, low, NN)
     dv = dot(keys, low, NT)
-    dq, dk = dq_in * to_all, dk_out * after_all
+    dq, minus_dk = dq + dq_in * to_all, minus_dk - dk_out * after_all
     of_keys = keys.astype(F32) * dk_out
-    net = queries.astype(F32) * dq_in - of_keys
+    net = net + queries.astype(F32) * dq_in - of_keys
     base = jnp.sum(of_keys, axis=0, keepdims=True)
     base = base + total * jnp.sum(state.astype(F32) * d_after, axis=0, keepdims=True)
     d_before = d_after * total + own_blocks(dot(d_out, queries, TN), heads)
 
-    for (h, weight), mask in zip(levels, masks):
-        both = weighted(q, k, weight, h, dtype)
-        d_both = by_head([dot((d * mask[...]).astype(dtype), both, NN) for d in d_pairs], heads)
-        of_both, d_both = both.astype(F32) * d_both, d_both * weight
-        if h < TILE:
-            upper = upper_rows(h, q.shape)
-            dq, dk = dq + jnp.where(upper, d_both, 0.0), dk + jnp.where(upper, 0.0, d_both)
-            net = net + jnp.where(upper, of_both, -of_both)
-        else:
-            lower, upper = halves(d_both, h)
-            dq, dk = add_to_half(dq, 1, upper, h), add_to_half(dk, 0, lower, h)
-            lower, upper = halves(of_both, h)
-            net = add_to_half(add_to_half(net, 1, upper, h), 0, -lower, h)
-        for g in range(heads):
-            if h < TILE:
-                scores[g] = scores[g] + dot(only(both, g, heads), both, NT) * mask[...]
-            else:
-                keys = only(packed_halves(both, k * weight, h)[0], g, heads)
-                scores[g] = add_to_half(scores[g], 0, dot(keys, both, NT) * halves(mask[...], h)[0], h)
-    scores = [jnp.where(row < col, s, 0.0) for s in scores]
-
     # A token with itself.
     d_same = head_sums(d_out.astype(F32) * v.astype(F32), heads)
-    dq, dk = dq + d_same * k, dk + d_same * q
+    dq, dk = dq + d_same * k, d_same * q - minus_dk
     dv = dv + by_head([dot(s.astype(dtype), d_out, NN) for s in scores], heads)
     dv = dv + head_sums(q * k, heads) * d_out.astype(F32)
-    return dq, dk, dv, suffix_sums(net, dtype) + base, d_before
+    d_log_gate = summed(later[...], net, exact=dtype == F32) + net + base  # sums over each token and all later ones
+    return dq, dk, dv, d_log_gate, d_before
 
 
-def _start_column(docs_ref, c):
+def _starts(docs_ref, c):
     return None if docs_ref is None else docs_ref[0, c].T[:, STARTS : STARTS + 1]
 
 
@@ -255,24 +268,24 @@ def forward(plan: Plan, q, k, v, log_decay, initial, docs, *, save: bool):
         docs_ref = refs.pop(0) if docs is not None else None
         out_ref, final_ref = refs.pop(0), refs.pop(0)
         saved_ref = refs.pop(0) if save else None
-        state, *masks = refs
+        state, masks = refs
         t = pl.program_id(2)
 
         @pl.when(t == 0)
         def _():
             for w in range(columns):
                 state[w] = jnp.zeros((LANES, LANES), F32) if initial_ref is None else initial_ref[0, w].T
-            fill_masks(masks, C)
+            fill_tables(C, masks)
 
         if save:
             saved_ref[0, :, 0] = state[...]
 
         def chunk(c, _):
             rows = pl.ds(pl.multiple_of(c * C, C), C)
-            starts = _start_column(docs_ref, c)
+            starts = _starts(docs_ref, c)
             for w in range(columns):
                 at = (0, rows, pl.ds(w * LANES, LANES))
-                a, _, keys = gates_and_keys(g_ref[at].astype(F32), None if k is None else k_ref[at], starts)
+                _, a, _, keys = gates_and_keys(g_ref[at], None if k is None else k_ref[at], starts)
                 out, state[w] = walk(q_ref[at].astype(F32), keys, v_ref[at], a, state[w], masks, heads)
                 out_ref[at] = out.astype(dtype)
             return 0
@@ -291,7 +304,7 @@ def forward(plan: Plan, q, k, v, log_decay, initial, docs, *, save: bool):
     inputs += [("docs", docs)] if docs is not None else []
     outputs = [("tokens", q.shape, dtype), ("state", one, F32)]
     outputs += [("states", (*one[:2], padded // plan.block, LANES, LANES), F32)] * save
-    scratch = [pltpu.VMEM((columns, LANES, LANES), F32), *mask_shapes(C)]
+    scratch = [pltpu.VMEM((columns, LANES, LANES), F32), *table_shapes(C, dtype, backward=False)]
     out, final, *saved = call(
         plan, columns, body, inputs, outputs, scratch, q, reverse=False, name="linear_attention_forward"
     )
@@ -302,6 +315,7 @@ def backward(plan: Plan, q, k, v, log_decay, docs, saved, d_out, d_final):
     """(dq, dk or None where tied, dv, d log_decay, the state's gradient before the first token)."""
     batch, _, width = q.shape
     columns, dtype, C, heads = plan.columns_backward, q.dtype, plan.chunk, plan.heads
+    exact = dtype in (F32, log_decay.dtype)
     tied = k is None
 
     def body(*refs):
@@ -314,37 +328,39 @@ def backward(plan: Plan, q, k, v, log_decay, docs, saved, d_out, d_final):
         dq_ref, dv_ref, dg_ref = refs[:3]
         del refs[:3]
         dk_ref = None if tied else refs.pop(0)
-        d_initial_ref, d_state, state, states, *masks = refs
+        d_initial_ref, d_state, state, states, masks, bits, later = refs
         step = pl.program_id(2)
 
         @pl.when(step == 0)
         def _():
             for w in range(columns):
                 d_state[w] = jnp.zeros((LANES, LANES), F32) if d_final_ref is None else d_final_ref[0, w].T
-            fill_masks(masks, C)
+            fill_tables(C, masks, bits, later)
 
         state[...] = saved_ref[0, :, 0]
 
         def load(c, w):
             at = (0, pl.ds(pl.multiple_of(c * C, C), C), pl.ds(w * LANES, LANES))
-            starts = _start_column(docs_ref, c)
-            return at, starts, gates_and_keys(g_ref[at].astype(F32), None if tied else k_ref[at], starts)
+            starts = _starts(docs_ref, c)
+            return at, starts, gates_and_keys(g_ref[at], None if tied else k_ref[at], starts)
 
         def onward(c, _):
             for w in range(columns):
-                at, _, (a, _, keys) = load(c, w)
-                _, (_, after), total = gate_products(a)
+                at, _, (g, _, _, keys) = load(c, w)
+                after = summed(later[...], g, exact)
                 states[w, c] = state[w].astype(dtype)
-                added = dot(v_ref[at], times(keys, after, dtype), TN)
-                state[w] = state[w] * total + own_blocks(added, heads)
+                added = dot(v_ref[at], times(keys, jnp.exp(after), dtype), TN)
+                state[w] = state[w] * jnp.exp(after[:1] + g[:1]) + own_blocks(added, heads)
             return 0
 
         def back(i, _):
             c = plan.chunks - 1 - i
             for w in range(columns):
-                at, starts, (a, derivative, keys) = load(c, w)
+                at, starts, (_, a, derivative, keys) = load(c, w)
                 q, v, d_out = q_ref[at].astype(F32), v_ref[at], d_out_ref[at]
-                dq, dk, dv, dg, d_state[w] = walk_back(q, keys, v, d_out, a, states[w, c], d_state[w], masks, heads)
+                dq, dk, dv, dg, d_state[w] = walk_back(
+                    q, keys, v, d_out, a, states[w, c], d_state[w], masks, bits, later, heads
+                )
                 if starts is not None:
                     dg = jnp.where(starts > 0.0, 0.0, dg)
                 if tied:
@@ -354,7 +370,7 @@ def backward(plan: Plan, q, k, v, log_decay, docs, saved, d_out, d_final):
                 dq_ref[at], dv_ref[at], dg_ref[at] = dq.astype(dtype), dv.astype(dtype), dg.astype(dg_ref.dtype)
             return 0
 
-        lax.fori_loop(0, plan.chunks, onward, 0)
+        lax.fori_loop(0, plan.chunks, onward, 0, unroll=plan.chunks <= UNROLLED)
         lax.fori_loop(0, plan.chunks, back, 0)
 
         @pl.when(step == pl.num_programs(2) - 1)
@@ -371,7 +387,12 @@ def backward(plan: Plan, q, k, v, log_decay, docs, saved, d_out, d_final):
     outputs += [] if tied else [("tokens", q.shape, dtype)]
     outputs += [("state", one, F32)]
     small = pltpu.VMEM((columns, LANES, LANES), F32)
-    scratch = [small, small, pltpu.VMEM((columns, plan.chunks, LANES, LANES), dtype), *mask_shapes(C)]
+    scratch = [
+        small,
+        small,
+        pltpu.VMEM((columns, plan.chunks, LANES, LANES), dtype),
+        *table_shapes(C, dtype, backward=True),
+    ]
     dq, dv, dg, *dk, d_initial = call(
         plan, columns, body, inputs, outputs, scratch, q, reverse=True, name="linear_attention_backward"
     )

@@ -97,7 +97,8 @@ def test_refusal_names_what_does_not_fit():
         linear_attention(x, x, x, implementation="pallas_tpu")
 
 
-def test_refusal_of_channels(interpreted):
+def test_refusal_of_channels(monkeypatch):  # no kernel runs, so there are no races to ask about
+    monkeypatch.setattr(pallas_tpu, "INTERPRET", pltpu.InterpretParams())
     x = jnp.zeros((1, 8, 1, 96))
     with pytest.raises(ValueError, match="64 or 128 channels a head, q has 96"):
         linear_attention(x, x, x, implementation="pallas_tpu")
@@ -149,7 +150,7 @@ class TestCompiles:
     def test_shapes_of_the_benchmark_and_of_7b(self, generation, kind, channels):
         """Through the dispatch, with no implementation named; 7B: 32 heads of 128."""
         mesh = topology_mesh(generation)
-        for batch, tokens, heads in ((8, 8192, 16), (1, 4096, 32)):
+        for batch, tokens, heads in ((8, 8192, 16), (1, 8192, 32)):
             program = compiled(mesh, kind, batch, tokens, heads, channels, gradient=True)
             assert program.as_text().count('custom_call_target="tpu_custom_call"') == 2
 
