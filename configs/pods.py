@@ -1,14 +1,15 @@
 """The paper's 7B models on two pods, 4,194,304 tokens a step, and HGRN2 on sequences of a million tokens.
 
   linscale plan --config=configs/pods.py:hgrn2-7b-v5p128 --topology v5p:4x4x8
-  linscale launch gke --config=configs/pods.py:hgrn2-7b-v5p128 --topology v5p:4x4x8 --image=IMAGE --volume=runs:/runs
+  linscale launch gke --config=configs/pods.py:hgrn2-7b-v5p128 --topology v5p:4x4x8 --image=IMAGE --volume=runs:/runs \\
+    --config.data.path='/runs/corpus/*.txt'
 
 Rungs: {llama,tnl,hgrn2,cosformer2}-7b-{v5p128,v5e256}: v5p 4x4x8 and v5e 16x16, sequences of 8192; and
 hgrn2-7b-1m-v5p128: sequences of 1,048,576 tokens, each cut over 32 chips. config.data.path is yours to give (300B tokens,
 as in configs/ladder.py), a path that all hosts see; so is config.output.
 
-Expected time: at least 2.8 to 4.3 days on v5p 4x4x8 and 3.3 to 5 on v5e 16x16 for 300B tokens, which is the bound that
-`linscale plan` prints; experiments/plan/reports has the tables. No pod has run these recipes.
+Expected time: at least 3.1 days for 300B tokens (TNL, and HGRN2 at a million tokens, on v5p 4x4x8): the bound that
+`linscale plan` prints; experiments/plan/reports has the tables, and says which rungs have been planned. No pod has run them.
 Expected result: those of configs/ladder.py at 7B; the batch is 512 sequences for the paper's 480, as 480 does not divide
 over 128 or 256 chips.
 """
@@ -19,7 +20,7 @@ from linscale.models import sizes
 ARCHITECTURES = ("llama", "tnl", "hgrn2", "cosformer2")
 # pod: fsdp, sequence, tensor, micro-batches a step, remat
 PODS = {
-    "v5p128": (128, 1, 1, 4, "dots"),
+    "v5p128": (128, 1, 1, 1, "full"),
     "v5e256": (256, 1, 1, 2, "full"),
 }
 RUNGS = (*(f"{arch}-7b-{pod}" for arch in ARCHITECTURES for pod in PODS), "hgrn2-7b-1m-v5p128")

@@ -85,7 +85,9 @@ def pods(folder: Path, only: str) -> None:
 
 
 def sequence_axis(folder: Path, only: str) -> None:
-    print("\n| architecture | tokens a sequence | sequence axis, bytes a device and step | all axes |\n|---|---|---|---|")
+    print(
+        "\n| architecture | tokens a sequence | sequence axis, bytes a device and step | all axes |\n|---|---|---|---|"
+    )
     for arch in ("tnl", "hgrn2", "cosformer2", "llama"):
         for tokens in (2048, 8192):
             if not fnmatch.fnmatchcase(arch, only) and only != "*":
@@ -94,7 +96,9 @@ def sequence_axis(folder: Path, only: str) -> None:
             options += ["--config.mesh.data=1", "--config.mesh.sequence=4", f"--config.train.sequence={tokens}"]
             recipe = f"--config=configs/demo.py:{arch}-14k"
             one = plan(folder, f"{arch}-{tokens}", recipe, "--topology=v5e:2x2", *options)
-            print(f"| {arch} | {tokens} | {one['sent']['sequence']:,.0f} | {sum(one['sent'].values()):,.0f} |", flush=True)
+            print(
+                f"| {arch} | {tokens} | {one['sent']['sequence']:,.0f} | {sum(one['sent'].values()):,.0f} |", flush=True
+            )
 
 
 def main():
