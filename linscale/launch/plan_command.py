@@ -41,6 +41,8 @@ def main(argv: list[str]) -> int:
     topology = hardware.parse(options.topology)
     if options.tries < 1:
         raise ConfigError(f"--tries is {options.tries}; it must be at least 1.")
+    if options.json and not Path(options.json).parent.is_dir():
+        raise ConfigError(f"--json is {options.json!r}, whose folder does not exist; make it first.")
     # the data are not looked at, so a recipe need not say where they lie
     overrides = [("data.path", "unread"), *recipes.split(rest, "plan")]
     config = recipes.load_run(options.config, overrides)
@@ -62,9 +64,12 @@ def _as_json(plans: list) -> dict:
     from linscale.launch import plan
 
     first, last = plan.as_json(plans[0]), plan.as_json(plans[-1])
-    found = {field: value for field, value in plan.changes(plans[0], plans[-1]).items()}
-    return {"asked": first, "fits": plans[0].fits, "found": last if plans[-1].fits else None, "changes": found} | {
-        "tried": [{"changes": plan.changes(plans[0], one), "peak": one.peak, "fits": one.fits} for one in plans]
+    return {
+        "asked": first,
+        "fits": plans[0].fits,
+        "found": last if plans[-1].fits else None,
+        "changes": plan.changes(plans[0], plans[-1]),
+        "tried": [{"changes": plan.changes(plans[0], one), "peak": one.peak, "fits": one.fits} for one in plans],
     }
 
 
