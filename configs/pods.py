@@ -8,7 +8,7 @@ Rungs: {llama,tnl,hgrn2,cosformer2}-7b-{v5p128,v5e256}: v5p 4x4x8 and v5e 16x16,
 hgrn2-7b-1m-v5p128: sequences of 1,048,576 tokens, each cut over 32 chips. config.data.path is yours to give (300B tokens,
 as in configs/ladder.py), a path that all hosts see; so is config.output.
 
-Expected time: at least 3.1 days for 300B tokens (TNL, and HGRN2 at a million tokens, on v5p 4x4x8): the bound that
+Expected time: for 300B tokens at least 3.1 days on v5p 4x4x8 (TNL; HGRN2 at a million tokens), 3.6 on v5e 16x16 (TNL): the bound that
 `linscale plan` prints; experiments/plan/reports has the tables, and says which rungs have been planned. No pod has run them.
 Expected result: those of configs/ladder.py at 7B; the batch is 512 sequences for the paper's 480, as 480 does not divide
 over 128 or 256 chips.

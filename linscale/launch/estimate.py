@@ -6,7 +6,8 @@ Letters: t tokens of a micro-batch on one device, d width, g inner width of the 
 Counted per device: the state and gradients as they are sharded; what the forward pass leaves for the backward in each
 layer (by remat policy); the working set of the layer that is being differentiated; the weights of one layer gathered
 over fsdp in bfloat16 and their gradient in float32; the slice of logits. Arrays whose channels the tensor axis splits
-are divided by it. Against the TPU compiler's own figures it is right within a factor of about 1.5 (tests), no more.
+are divided by it. The TPU compiler's own figures
+were 0.70 to 1.21 of these at the three 7B plans of experiments/plan/reports/2026-11-26_7b_pods.md.
 """
 
 import math
@@ -29,8 +30,6 @@ def temporary_bytes(config: Config, mesh: dict[str, int], parameters: int) -> fl
     if m.remat == "none":
         per_layer += 2 * tokens * GATES[m.arch] * m.width / split
     working = 2 * tokens * (8 * m.width + ((20 + GATES[m.arch]) * m.width + 8 * m.ffn) / split)
-    if m.arch == "llama":  # scores of one row, where attention is XLA's own
-        working += 3 * 4 * tokens * t.sequence * m.heads / split / mesh["sequence"] ** 0
     gathered = 2 * (2 + 4) * layer / split + (2 + 4 + 4) * m.vocab_size * m.width / split
     logits = 3 * 4 * min(LOGITS, tokens * m.vocab_size) / split
     gradients = parameters * (2 if t.accumulation > 1 else 1)
