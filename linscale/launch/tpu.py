@@ -22,7 +22,7 @@ WORKER = """\
 #!/bin/bash
 # On every worker of the slice: install, then train until an exit code that is final.
 python3 -m venv "$HOME/linscale-env" && . "$HOME/linscale-env/bin/activate" || exit 2
-{setup}
+{distributed}{setup}
 {install} || exit 2
 {recipe}
 export LINSCALE_DISTRIBUTED={distributed}
@@ -104,6 +104,7 @@ def render(job: jobs.Job, options) -> dict[str, str]:
     recipe = None if job.shipped else "linscale_recipe.py"
     shared = {"restarts": job.restarts, "pattern": " | ".join(map(str, jobs.FINAL))}
     worker = WORKER.format(
+        distributed="export LINSCALE_DISTRIBUTED=auto\n" if topology.hosts > 1 else "",
         setup=options.setup,
         install=options.install,
         recipe=jobs.unpack(job.recipe_text, recipe) if recipe else "",
