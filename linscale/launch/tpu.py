@@ -25,7 +25,6 @@ python3 -m venv "$HOME/linscale-env" && . "$HOME/linscale-env/bin/activate" || e
 {distributed}{setup}
 {install} || exit 2
 {recipe}
-export LINSCALE_DISTRIBUTED={distributed}
 for restart in $(seq 0 {restarts}); do
   {command}
   code=$?
@@ -108,7 +107,6 @@ def render(job: jobs.Job, options) -> dict[str, str]:
         setup=options.setup,
         install=options.install,
         recipe=jobs.unpack(job.recipe_text, recipe) if recipe else "",
-        distributed="auto" if topology.hosts > 1 else "",  # the workers find each other, see linscale/training/hosts.py
         command=jobs.shell(["linscale", *job.train(recipe)], indent="  "),
         **shared,
     )
