@@ -27,6 +27,10 @@ COMMANDS = {
         "linscale.scaling.paper_command",
         "the paper's laws: who is best at which compute, where lines cross; its tables",
     ),
+    "plan": (
+        "linscale.launch.plan_command",
+        "compile a config for a pod that is not here: does it fit, how fast at most",
+    ),
     "launch": ("linscale.launch.command", "scripts and manifests for TPU VMs, GKE and SLURM"),
     "doctor": ("linscale.doctor", "versions, devices, memory, disk, and which attention kernels run here"),
 }

@@ -20,8 +20,8 @@ HELP = """\
 Render what starts a run on many hosts. Nothing is submitted without --submit.
 
   linscale launch slurm --config=configs/ladder.py:tnl-1b --nodes 2 --gpus-per-node 8 --time 24:00:00
-  linscale launch tpu --config=configs/pod_7b.py:hgrn2-v5p-128 --topology v5p:4x4x8 --zone us-east5-a
-  linscale launch gke --config=configs/pod_7b.py:tnl-v5e-256 --topology v5e:16x16 --image IMAGE --volume runs:/runs
+  linscale launch tpu --config=configs/pods.py:hgrn2-7b-v5p128 --topology v5p:4x4x8 --zone us-east5-a --config.data.path='/runs/corpus/*'
+  linscale launch gke --config=configs/pods.py:tnl-7b-v5e256 --topology v5e:16x16 --image IMAGE --volume runs:/runs --config.data.path='/runs/corpus/*'
 
 Every field of linscale/config.py can be set as --config.section.field=value.
 """

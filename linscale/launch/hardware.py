@@ -1,8 +1,10 @@
 """The chips that plans and launch scripts know, and how a topology is named: `v5p:4x4x8`, `h100:16`.
 
-Figures are the makers' data sheets: Google's TPU system architecture pages and NVIDIA's data sheets. Peaks are those of
-linscale.scaling.flops, the one place for them. TPU memory is what the compiler leaves to a program, a little less than
-what is sold; it is measured with libtpu, see `hbm`.
+Figures are the makers' data sheets: Google's TPU pages (cloud.google.com/tpu/docs/v4, v5e, v5p, v6e, tpu7x) and NVIDIA's
+data sheets. Google states interconnect per chip, all links and both ways together; `link` is that over the number of
+links and over two: v5e 400 GB/s over 4 links, v5p 1,200 GB/s (its page also says 4,800 Gbps one way) over 6. Peaks are
+those of linscale.scaling.flops, the one place for them. TPU memory is what the compiler leaves to a program, a little less
+than what is sold; it is measured with libtpu, see `hbm`. `network` is one 400 Gbit/s adapter for each GPU, as in DGX H100.
 """
 
 import dataclasses
@@ -27,6 +29,7 @@ class Chip:
     link: float  # bytes/s one way of one link of a chip: ICI to a neighbour; NVLink, all links of a GPU together
     dimensions: int  # of the torus of links; 0: all to all inside a host
     chips_per_host: int
+    most: int = 0  # chips of a slice; 0: no limit
     devices_per_chip: int = 1
     network: float = 0.0  # bytes/s one way between hosts for each device, where a slice has no torus
     gcloud: str = ""  # prefix of --accelerator-type; empty: not offered as a TPU VM
@@ -44,21 +47,21 @@ CHIPS = {
     for chip in (
         Chip(
             "v4", "TPU v4", "tpu", int(30.75 * GIB), 1.228e12, 50e9, 3, 4,
-            gcloud="v4", gcloud_counts=2, gke="tpu-v4-podslice",
+            most=4096, gcloud="v4", gcloud_counts=2, gke="tpu-v4-podslice",
         ),
         Chip(
             "v5e", "TPU v5 lite", "tpu", int(15.75 * GIB), 0.819e12, 50e9, 2, 4,
-            gcloud="v5litepod", gke="tpu-v5-lite-podslice",
+            most=256, gcloud="v5litepod", gke="tpu-v5-lite-podslice",
         ),
         Chip(
             "v5p", "TPU v5", "tpu", int(95.74 * GIB), 2.765e12, 100e9, 3, 4,
-            gcloud="v5p", gcloud_counts=2, gke="tpu-v5p-slice",
+            most=6144, gcloud="v5p", gcloud_counts=2, gke="tpu-v5p-slice",
         ),
         Chip(
             "v6e", "TPU v6 lite", "tpu", int(31.25 * GIB), 1.638e12, 100e9, 2, 4,
-            gcloud="v6e", gke="tpu-v6e-slice",
+            most=256, gcloud="v6e", gke="tpu-v6e-slice",
         ),
-        Chip("tpu7x", "TPU7x", "tpu", int(94.75 * GIB), 3.690e12, 200e9, 3, 4, devices_per_chip=2, gke="tpu7x"),
+        Chip("tpu7x", "TPU7x", "tpu", int(94.75 * GIB), 3.690e12, 200e9, 3, 4, most=9216, devices_per_chip=2, gke="tpu7x"),
         Chip("h100", "NVIDIA H100", "gpu", 80 * 10**9, 3.35e12, 450e9, 0, 8, network=50e9, gke="nvidia-h100-80gb"),
         Chip("h200", "NVIDIA H200", "gpu", 141 * 10**9, 4.80e12, 450e9, 0, 8, network=50e9, gke="nvidia-h200-141gb"),
     )
@@ -115,6 +118,8 @@ def parse(text: str) -> Topology:
     if not re.fullmatch(r"[1-9][0-9]{0,4}(x[1-9][0-9]{0,4})*", size) or size.count("x") + 1 != max(1, chip.dimensions):
         raise ConfigError(f"--topology {text!r} does not have the form {name}:{wanted}, as in {example}.")
     topology = Topology(chip, tuple(int(n) for n in size.split("x")))
+    if chip.most and topology.chips > chip.most:
+        raise ConfigError(f"--topology {text!r} has {topology.chips} chips; a slice of {name} has at most {chip.most}.")
     if topology.chips > chip.chips_per_host and topology.chips % chip.chips_per_host:
         raise ConfigError(
             f"--topology {text!r} has {topology.chips} chips, which are not whole hosts of {chip.chips_per_host}."

@@ -41,6 +41,7 @@ def test_every_chip_has_its_figures():
         ("v5e:4x4x4", "v5e:NxN, as in v5e:16x16"),
         ("h100:8x2", "h100:N, as in h100:16"),
         ("v5p:3x1x2", "6 chips, which are not whole hosts of 4"),
+        ("v5e:32x32", "1024 chips; a slice of v5e has at most 256"),
         ("h100:12", "12 chips, which are not whole hosts of 8"),
     ],
 )

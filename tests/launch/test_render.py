@@ -146,6 +146,13 @@ def test_tpu_names_of_slices(tmp_path, capsys):
         assert f"--accelerator-type={kind} " in (tmp_path / "launch.sh").read_text()
 
 
+def test_workers_of_a_slice_are_told_to_find_each_other(tmp_path):
+    for topology, told in (("v5e:4x4", True), ("v5e:2x2", False)):
+        argv = ["tpu", f"--topology={topology}", "--zone=z", f"--config={RECIPE}", "--config.output=/mnt/r"]
+        render(*argv, out=tmp_path)
+        assert ("export LINSCALE_DISTRIBUTED=auto\n" in (tmp_path / "worker.sh").read_text()) is told
+
+
 def test_nothing_is_submitted_by_default(tmp_path, capsys):
     render("slurm", f"--config={RECIPE}", out=tmp_path / "a b")
     assert f"cd '{tmp_path}/a b' && sbatch tnl-14k.sbatch" in capsys.readouterr().out
