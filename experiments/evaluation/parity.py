@@ -53,7 +53,9 @@ class Own:
         return lm.generate_until([_instance("generate_until", (c, options)) for c in self.contexts])
 
     def score(self, lm, texts) -> dict:
-        pairs = [(c, t) for c, mine, other in zip(self.contexts, texts, texts[1:] + texts[:1]) for t in (mine, other) if t]
+        pairs = [
+            (c, t) for c, mine, other in zip(self.contexts, texts, texts[1:] + texts[:1]) for t in (mine, other) if t
+        ]
         found = lm.loglikelihood([_instance("loglikelihood", pair) for pair in pairs])
         return {"documents": len(self.contexts), "scores": {}, "samples": [{"resps": [[answer]]} for answer in found]}
 

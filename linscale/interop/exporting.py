@@ -43,7 +43,7 @@ def main(argv: list[str]) -> int:
 def export(run_folder: Path, folder: Path, step: int | None = None, dtype: str = "float32", with_tokenizer=True) -> str:
     """Writes the folder, whole or not at all, and returns a sentence on what it is. Raises ConfigError."""
     from linscale.evaluation import runs
-    from linscale.interop import formats, names, safetensors, tokenizer
+    from linscale.interop import formats, safetensors, tokenizer
 
     run = runs.open_run(run_folder)
     step = run.step(step)

@@ -27,7 +27,9 @@ def main(argv: list[str]) -> int:
     )
     parser.add_argument("folder", help="what to read: config.json, model.safetensors, tokenizer.json")
     parser.add_argument("run", help="where to write the run; it must not exist")
-    parser.add_argument("--tokenizer", metavar="SPEC", help="as config.data.tokenizer, where there is no tokenizer.json")
+    parser.add_argument(
+        "--tokenizer", metavar="SPEC", help="as config.data.tokenizer, where there is no tokenizer.json"
+    )
     args = parser.parse_args(argv)
     print(import_folder(Path(args.folder), Path(args.run), args.tokenizer))
     return 0
@@ -35,7 +37,7 @@ def main(argv: list[str]) -> int:
 
 def import_folder(folder: Path, run: Path, tokenizer: str | None = None) -> str:
     """Writes the run, whole or not at all, and returns a sentence on it. Raises ConfigError."""
-    from linscale.interop import exporting, formats, safetensors
+    from linscale.interop import exporting, formats
 
     content = _config(folder)
     model, form = formats.to_ours(content)

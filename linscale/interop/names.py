@@ -85,7 +85,9 @@ def _top_name(path: str, form: str) -> str | None:
 def _layer_name(path: str, layer: int, form: str) -> str:
     if form != "plain":
         return f"model.layers.{layer}.{_LAYER[form][path]}"
-    path = path.removesuffix("/kernel").removesuffix("/scale") + ("/weight" if path.endswith(("kernel", "scale")) else "")
+    path = path.removesuffix("/kernel").removesuffix("/scale") + (
+        "/weight" if path.endswith(("kernel", "scale")) else ""
+    )
     return f"layers.{layer}.{path.replace('/', '.')}"
 
 
