@@ -117,7 +117,7 @@ def ours(arch, args):
     import numpy as np
 
     from linscale import models
-    from linscale.evaluation import generation
+    from linscale.evaluation import generation, scoring
 
     model = model_of(arch, args)
     params = jax.jit(lambda: generation.for_decoding(model, models.init(model, 0)))()
@@ -135,11 +135,7 @@ def ours(arch, args):
         else:
             if context not in prefilled:
                 prefilled[context] = _prefill_one_row(model, params, context)
-            rows = lambda x, axis: jnp.repeat(x, batch, axis=axis)  # noqa: E731
-            cache = dict(prefilled[context])
-            cache["layers"] = jax.tree.map(lambda x: rows(x, 1), cache["layers"])  # noqa: B023
-            if "tpe" in cache:
-                cache["tpe"] = rows(cache["tpe"], 0)
+            cache = scoring.fan_out(prefilled[context], batch)
         cache["position"] = jnp.int32(context)
         last, ended = jnp.zeros(batch, jnp.int32), jnp.zeros(batch, bool)
         keys = jax.vmap(lambda row: jax.random.fold_in(jax.random.key(0), row))(jnp.arange(batch))
