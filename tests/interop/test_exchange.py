@@ -314,3 +314,33 @@ def test_the_scale_of_values_takes_fla_s_epsilon_out():
 def test_differences_are_told_in_full_up_to_a_length():
     found = names.differences({f"a{i}": (1,) for i in range(30)}, {})
     assert names.told(found).count(";") == 20 and names.told(found).endswith("and 10 more")
+
+
+@pytest.mark.slow
+def test_an_imported_run_can_be_trained_on_from_its_weights(new_run, tmp_path):
+    from linscale.config import base, resolve
+    from linscale.training import loop
+
+    exporting.export(new_run("tnl"), tmp_path / "out")
+    importing.import_folder(tmp_path / "out", tmp_path / "again")
+    for name in ("text", "heldout"):
+        (tmp_path / f"{name}.txt").write_text("one two three four five six seven eight nine ten " * 200)
+    config = base()
+    config.name, config.output = "more", str(tmp_path / "runs")
+    config.model.update(dataclasses.asdict(runs.open_run(tmp_path / "again").config.model))
+    config.data.source, config.data.path, config.data.cache = (
+        "text",
+        str(tmp_path / "text.txt"),
+        str(tmp_path / "cache"),
+    )
+    config.data.heldout_path = str(tmp_path / "heldout.txt")
+    config.data.heldout_tokens = 500
+    config.train.batch, config.train.sequence, config.train.steps = 2, 32, 1
+    config.optimizer.learning_rate = 0.0
+    config.log.tensorboard = False
+    config.init.from_run = str(tmp_path / "again")
+    with pytest.raises(ConfigError, match="without an optimizer's state; set config.init.weights_only=true"):
+        loop.train(resolve(config))
+    config.init.weights_only = True
+    loop.train(resolve(config))
+    assert equal(runs.open_run(tmp_path / "runs" / "more").params(), runs.open_run(tmp_path / "again").params())
