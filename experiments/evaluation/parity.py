@@ -42,14 +42,14 @@ def numbers(result) -> list[tuple[float, bool | None]]:
 
 
 class Own:
-    """Requests made of the models' own greedy text after the beginnings of documents, so that greedy flags are true in
+    """Requests made of the models' own greedy next token (more would be tokenised anew) after the beginnings of documents, so that greedy flags are true in
     many, and of the text of other documents. Behaves as tasks.run's result."""
 
     def __init__(self, documents: list[str]):
         self.contexts = [" ".join(text.split()[:40]) for text in documents]
 
     def texts(self, lm) -> list[str]:
-        options = {"until": ["<never>"], "max_gen_toks": 8, "do_sample": False}
+        options = {"until": ["<never>"], "max_gen_toks": 1, "do_sample": False}
         return lm.generate_until([_instance("generate_until", (c, options)) for c in self.contexts])
 
     def score(self, lm, texts) -> dict:
