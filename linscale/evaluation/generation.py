@@ -18,6 +18,7 @@ import numpy as np
 from linscale import models
 from linscale.config import ConfigError, Model
 from linscale.evaluation.batching import pad, round_up
+from linscale.models.layers import compute_dtype
 
 PREFILL = 512  # tokens read in one call
 BLOCK = 16  # tokens decoded between two looks of the host
@@ -56,6 +57,21 @@ def check_prompts(prompts: list[typing.Sequence[int]], context: int | None) -> N
             )
 
 
+@functools.partial(jax.jit, static_argnums=0)
+def for_decoding(model: Model, params):
+    """The parameters with every matrix, and the embedding, in the compute dtype, as each step would make it.
+
+    A step reads all weights once; made from float32 at every step they would be read at twice the size and written too.
+    Vectors, bounds and phases stay float32, for they are used in float32.
+    """
+    dtype = compute_dtype(model)
+
+    def cast(path, x):
+        return x.astype(dtype) if path[-1].key in ("kernel", "embedding", "head") else x
+
+    return jax.tree_util.tree_map_with_path(cast, params)
+
+
 def token_blocks(
     model: Model,
     params,
@@ -84,6 +100,8 @@ def token_blocks(
     rows = pad(prompts, tokens, len(prompts), left=True)
     put = jnp.asarray if sharding is None else functools.partial(jax.device_put, device=sharding)
     cache = models.init_cache(model, len(prompts), tokens + round_up(most, BLOCK), start=put(start))
+    if compute_dtype(model) != jnp.float32:
+        params = for_decoding(model, params)
     for at in range(0, tokens, step):
         cache, logits = _prefill(model, params, cache, put(rows[:, at : at + step]))
     if model.arch not in ("llama", "hybrid"):

@@ -49,6 +49,18 @@ class Run:
             return tokenizers.load(f"hf:{beside}")
         return tokenizers.load(spec, str(self._trained_tokenizer()) if spec.startswith("bpe:") else None)
 
+    @property
+    def tokenizer_file(self) -> Path | None:
+        """tokenizer.json behind a bpe or hf tokenizer; None for the other kinds."""
+        spec = self.config.data.tokenizer
+        if spec.startswith("bpe:"):
+            return self._trained_tokenizer()
+        if not spec.startswith("hf:"):
+            return None
+        beside = self.folder / "tokenizer"
+        path = beside if beside.is_dir() else Path(spec.removeprefix("hf:")).expanduser()
+        return path / "tokenizer.json" if path.is_dir() else path
+
     def _trained_tokenizer(self) -> Path:
         """tokenizer.json of a BPE trained on the run's corpus: in the run, in the corpus cache, or built again."""
         own = self.folder / "tokenizer.json"

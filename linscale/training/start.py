@@ -41,6 +41,8 @@ def check(config: Config, fingerprint: str | None = None) -> None:
         raise ConfigError(f"{field} and config.init.step {config.init.step}; that run has {have}.")
     if config.init.weights_only:
         return
+    if "imported" in description:
+        raise ConfigError(f"{field}, imported without an optimizer's state; set config.init.weights_only=true.")
     for name in _ORDER:
         section, _, key = name.rpartition(".")
         was = theirs.get(section, {}).get(key) if section else theirs.get(key)
