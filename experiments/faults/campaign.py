@@ -4,10 +4,12 @@
 
 Each case is one demo-size run (configs/demo.py, 14k, accumulation 2, a checkpoint every 20 of 200 steps, every step in
 metrics.jsonl) of one of the four architectures, in processes started as a user starts them. It suffers one fault (see
-disturb.py); then the same command is given until it exits with 0. A case is good if
+disturb.py, and peers.py for runs of two processes); then the same command is given until it exits with 0. A case is
+good if
 
   - every line of metrics.jsonl without its timing fields, DONE.json, and all bits of the final parameters, optimizer
-    moments and guard equal those of the undisturbed run of its architecture;
+    moments and guard equal those of the undisturbed run of its architecture in as many processes;
+  - of two processes, losses equal those of the undisturbed run in one process to 1e-6;
   - the run went on from the newest checkpoint that was whole at the fault (the one before it, where that was damaged),
     and the lines up to it were not harmed;
   - no process ended with a traceback.
@@ -40,12 +42,13 @@ sys.path.insert(0, str(ROOT))
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
 import disturb  # noqa: E402
+import peers  # noqa: E402
 
 from linscale.training.metrics import TIMING  # noqa: E402
 
 ARCHITECTURES = ("llama", "tnl", "hgrn2", "cosformer2")
 STEPS, EVERY = 200, 20
-COUNTS = {"sigkill": 100, "sigterm": 20, "damage": 20, "disk": 10, "worker": 10, "hang": 5}
+COUNTS = {"sigkill": 100, "sigterm": 20, "damage": 20, "disk": 10, "worker": 10, "peer": 10, "hang": 5}
 ATTEMPTS = 4  # of the same command after the fault
 
 
@@ -63,6 +66,7 @@ class Case:
     tensorboard: bool = False
     cache: str = ""
     output: str = ""
+    processes: int = 1
     told: dict = field(default_factory=dict)  # by disturb.py: phase hit, exit code, seconds...
     bad: list = field(default_factory=list)  # sentences; empty: the case is good
 
@@ -84,19 +88,26 @@ class Case:
             "train.checkpoint_keep": 3,
             "train.hang_seconds": disturb.HANG if self.kind == "hang" else 600,
             "log.tensorboard": str(self.tensorboard).lower(),
-        }
+        } | (peers.OVERRIDES if self.kind == "peer" else {})
         overrides = [f"--config.{name}={value}" for name, value in fields.items()]
         return [sys.executable, "-m", "linscale", "train", f"--config=configs/demo.py:{self.arch}-14k", *overrides]
 
-    def start(self, attempt: int) -> subprocess.Popen:
-        """In a session of its own; what it says goes to a file of the case's folder."""
-        with open(self.log(attempt), "w") as log:
+    def start(self, attempt: int, index: int = 0, more: dict[str, str] | None = None) -> subprocess.Popen:
+        """In a session of its own; what it says goes to a file of the case's folder. more: for its environment."""
+        with open(self.log(attempt, index), "w") as log:
             return subprocess.Popen(
-                self.command(), cwd=ROOT, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True
-            )
+                self.command(), cwd=ROOT, env=os.environ | (more or {}),
+                stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True,
+            )  # fmt: skip
 
-    def log(self, attempt: int) -> Path:
-        return Path(self.folder) / f"attempt{attempt}.txt"
+    def start_all(self, attempt: int) -> list[subprocess.Popen]:
+        """Every process of the run: one, or two where `processes` says so."""
+        if self.processes == 1:
+            return [self.start(attempt)]
+        return [self.start(attempt, index, more) for index, more in enumerate(peers.environments())]
+
+    def log(self, attempt: int, index: int = 0) -> Path:
+        return Path(self.folder) / f"attempt{attempt}{f'-{index}' if index else ''}.txt"
 
     def said(self, attempt: int) -> str:
         return self.log(attempt).read_text()
@@ -137,15 +148,16 @@ def final_state(arch: str, run: Path) -> dict[str, bytes]:
     return {jax.tree_util.keystr(path): np.asarray(leaf).tobytes() for path, leaf in leaves}
 
 
-def reference(arch: str, folder: Path, cache: str) -> dict:
+def reference(arch: str, folder: Path, cache: str, kind: str = "none", processes: int = 1) -> dict:
     """The undisturbed run, done twice: the first fills the compilation cache, the second is timed and must equal it."""
     found = []
     for turn in range(2):
-        case = Case("none", turn, arch, 0, str(folder / f"undisturbed-{arch}-{turn}"), cache=cache)
+        name = f"undisturbed-{arch}-{kind}-{processes}-{turn}"
+        case = Case(kind, turn, arch, 0, str(folder / name), cache=cache, processes=processes)
         Path(case.folder).mkdir(parents=True)
         began = time.monotonic()
-        if code := case.start(0).wait():
-            raise SystemExit(f"the undisturbed run of {arch} ended with {code}: {case.log(0)}")
+        if any(codes := [process.wait() for process in case.start_all(0)]):
+            raise SystemExit(f"the undisturbed run of {arch} ended with {codes}: {case.log(0)}")
         found.append(
             {"lines": exact(case.run), "done": done(case.run), "state": final_state(arch, case.run)}
             | {"seconds": time.monotonic() - began}
@@ -156,20 +168,32 @@ def reference(arch: str, folder: Path, cache: str) -> dict:
     return found[1]
 
 
+def references(arch: str, kinds: set[str], folder: Path, cache: str) -> dict[str, dict]:
+    """For each kind what its runs must equal. Peers have one of two processes, which holds the one of one process."""
+    found = {}
+    if kinds - {"peer"}:
+        found |= dict.fromkeys(kinds - {"peer"}, reference(arch, folder, cache))
+    if "peer" in kinds:
+        alone = reference(arch, folder, cache, "peer")
+        found["peer"] = reference(arch, folder, cache, "peer", peers.PROCESSES) | {"alone": alone}
+    return found
+
+
 def carry_out(case: Case, undisturbed: dict) -> Case:
     """The fault, the restarts, the comparison. Fills case.told and case.bad."""
     try:
         Path(case.folder).mkdir(parents=True)
         with disturb.place(case):
-            first = getattr(disturb, case.kind)(case, undisturbed["seconds"])  # the number of the next attempt
+            fault = peers.peer if case.kind == "peer" else getattr(disturb, case.kind)
+            first = fault(case, undisturbed["seconds"])  # the number of the next attempt
             _unharmed(case, undisturbed)
             _finish(case, first)
             _compare(case, undisturbed)
     except Exception as error:  # a case that cannot be judged is bad, and the others go on
         case.bad.append(f"{type(error).__name__}: {error}")
-    for attempt in range(10):
-        if case.log(attempt).exists() and "Traceback" in case.said(attempt):
-            case.bad.append(f"attempt {attempt} ended with a traceback")
+    for log in sorted(Path(case.folder).glob("attempt*.txt")):
+        if "Traceback" in log.read_text():
+            case.bad.append(f"{log.stem} ended with a traceback")
     if not case.bad:
         shutil.rmtree(case.folder)
     return case
@@ -192,7 +216,7 @@ def _finish(case: Case, first: int) -> None:
     """The same command until it is done. The first one must go on where case.told says it must."""
     codes = case.told.setdefault("codes after", [])
     for attempt in range(first, first + ATTEMPTS):
-        codes.append(case.start(attempt).wait(timeout=600))
+        codes.append(max(process.wait(timeout=600) for process in case.start_all(attempt)))
         if attempt == first and (expected := case.told.get("continues after")) is not None:
             at = case.told["went on after"] = disturb.continued_after(case.said(attempt))
             if at not in expected:
@@ -215,6 +239,8 @@ def _compare(case: Case, undisturbed: dict) -> None:
     differ = [name for name in undisturbed["state"] if state.get(name) != undisturbed["state"][name]]
     if differ or len(state) != len(undisturbed["state"]):
         case.bad.append(f"{len(differ)} arrays of the final state differ, {differ[:1]} the first")
+    if alone := undisturbed.get("alone"):
+        peers.compare_alone(case, lines, state, alone)
 
 
 def plan(seed: int, counts: dict[str, int], out: Path, cache: str) -> list[Case]:
@@ -226,7 +252,7 @@ def plan(seed: int, counts: dict[str, int], out: Path, cache: str) -> list[Case]
                 kind, number, ARCHITECTURES[number % 4], dice.randrange(2**31), str(out / f"{kind}-{number:03}"),
                 target=disturb.TARGETS[number // 4 % len(disturb.TARGETS)] if kind == "sigkill" else "",
                 workers=2 if kind in ("worker", "hang") else dice.choice((0, 0, 1, 2)), tensorboard=dice.random() < 0.3,
-                cache=cache,
+                cache=cache, processes=peers.PROCESSES if kind == "peer" else 1,
             )  # fmt: skip
             cases.append(case)
     random.Random(seed).shuffle(cases)  # so that an early end has seen some of each
@@ -276,10 +302,10 @@ def main() -> int:
     with ThreadPoolExecutor(args.jobs) as pool:
         needed = sorted({case.arch for case in cases})
         # The first alone, as it tokenises the corpus that the others share.
-        undisturbed = {arch: reference(arch, out, cache) for arch in needed[:1]}
-        undisturbed |= zip(needed[1:], pool.map(lambda arch: reference(arch, out, cache), needed[1:]))
+        undisturbed = {arch: references(arch, set(counts), out, cache) for arch in needed[:1]}
+        undisturbed |= zip(needed[1:], pool.map(lambda arch: references(arch, set(counts), out, cache), needed[1:]))
         ended = []
-        for case in pool.map(lambda case: carry_out(case, undisturbed[case.arch]), cases):
+        for case in pool.map(lambda case: carry_out(case, undisturbed[case.arch][case.kind]), cases):
             ended.append(case)
             what = f"{case.kind} {case.number:3} {case.arch:10} {case.told.get('phase', '')}"
             print(f"{len(ended):3}/{len(cases)}  {what}: {'; '.join(case.bad) or 'equal'}", flush=True)
@@ -289,7 +315,9 @@ def main() -> int:
         "python": platform.python_version(),
         "cores": os.cpu_count(),
         "versions": {name: metadata.version(name) for name in ("jax", "orbax-checkpoint", "grain", "numpy")},
-        "undisturbed seconds": {arch: round(one["seconds"], 2) for arch, one in undisturbed.items()},
+        "undisturbed seconds": {
+            arch: {kind: round(one["seconds"], 2) for kind, one in kinds.items()} for arch, kinds in undisturbed.items()
+        },
     }
     (out / "campaign.json").write_text(json.dumps(about | {"cases": [asdict(case) for case in ended]}, indent=1))
     print(f"\n{table(ended)}\n\n{json.dumps(about)}\n{out / 'campaign.json'}")

@@ -109,7 +109,7 @@ def _evaluations() -> set[int]:
     return eval_steps(STEPS, 8)
 
 
-def _note(case, attempt: int, code: int, began: float) -> None:
+def note(case, attempt: int, code: int, began: float) -> None:
     """After the process has ended. A step that was whole may have been replaced by a newer one meanwhile."""
     steps = whole_steps(case.run)
     case.told |= {
@@ -126,7 +126,7 @@ def _kill(process) -> None:
     process.wait()
 
 
-def _begin_again(case) -> None:
+def begin_again(case) -> None:
     import shutil
 
     shutil.rmtree(case.run, ignore_errors=True)
@@ -145,7 +145,7 @@ def sigkill(case, seconds: float) -> int:
             return attempt + 1
         if case.target == "a restart":
             raise RuntimeError("a restart ended before its kill")
-        _begin_again(case)
+        begin_again(case)
     raise RuntimeError(f"{case.target} was never reached")
 
 
@@ -175,7 +175,7 @@ def sigkill_once(case, attempt: int, dice: random.Random, target: str, seconds: 
         return False
     began = time.monotonic()
     os.kill(process.pid, signal.SIGKILL)
-    _note(case, attempt, process.wait(), began)
+    note(case, attempt, process.wait(), began)
     return True
 
 
@@ -194,10 +194,10 @@ def sigterm(case, seconds: float) -> int:
             (os.killpg if dice.random() < 0.5 else os.kill)(process.pid, signal.SIGTERM)
             code = process.wait(timeout=120)
             if code != 0:  # 0: it came within the last step
-                _note(case, 0, code, began)
+                note(case, 0, code, began)
                 _sigterm_said(case, code)
                 return 1
-        _begin_again(case)
+        begin_again(case)
     raise RuntimeError("the signal always came too late")
 
 
@@ -219,7 +219,7 @@ def damage(case, seconds: float) -> int:
     wait(process, lambda: _lines(case.run) >= wanted and len(whole_steps(case.run)) > 1)
     began = time.monotonic()
     _kill(process)
-    _note(case, 0, process.returncode, began)
+    note(case, 0, process.returncode, began)
     newest, before = whole_steps(case.run)[::-1][:2]
     files = sorted(path for path in (case.run / "checkpoints" / str(newest)).rglob("*") if path.is_file())
     file = max(files, key=lambda path: path.stat().st_size) if dice.random() < 0.6 else dice.choice(files)
@@ -249,7 +249,7 @@ def disk(case, seconds: float) -> int:
     with open(ballast, "r+b") as file:
         file.truncate(max(0, ballast.stat().st_size - leave))
     code = process.wait(timeout=PATIENCE)
-    _note(case, 0, code, began)
+    note(case, 0, code, began)
     case.told |= {"phase": "goes on" if code == 0 else "stops", "left": leave, "step": wanted}
     if code not in (0, CANNOT) or (code and "no space is left" not in case.said(0)):
         case.bad.append(f"exit code {code} on a full disk: {case.said(0)[-200:]!r}")
@@ -288,7 +288,7 @@ def _to_a_worker(case, sent: signal.Signals) -> int:
                 os.kill(dice.choice(found), sent)
             code = process.wait(timeout=PATIENCE)
             if code != 0:  # 0: all batches had been read
-                _note(case, 0, code, began)
+                note(case, 0, code, began)
                 case.told["phase"] = "training"
                 if code != RESTART:
                     case.bad.append(f"exit code {code} after a worker's {sent.name}")
@@ -299,7 +299,7 @@ def _to_a_worker(case, sent: signal.Signals) -> int:
                     for pid in left:
                         os.kill(pid, signal.SIGKILL)
                 return 1
-        _begin_again(case)
+        begin_again(case)
     raise RuntimeError("the signal always came too late")
 
 

@@ -7,8 +7,8 @@ jax's own distributed runtime does it all. `start` begins it where more than one
   TPU_WORKER_HOSTNAMES with several, MEGASCALE_NUM_SLICES     TPUs under GKE, detected by jax
   LINSCALE_DISTRIBUTED=auto                                   wherever jax detects a cluster, as on the VMs of a TPU slice
 
-A process that dies takes its fellows with it within HEARTBEAT seconds: they end with exit code 75, and whoever started
-them starts all of them again.
+A process that dies takes its fellows with it within HEARTBEAT seconds, within JOIN seconds if it dies before all have
+come together: they end with exit code 75, and whoever started them starts all of them again.
 """
 
 import contextlib
@@ -24,6 +24,7 @@ import jax
 from linscale.config import ConfigError
 from linscale.training import metrics, stopping
 
+JOIN = 300  # seconds that a process waits at its start for all others
 HEARTBEAT = 60  # seconds without a sign of life after which a process counts as lost
 _TURN = 24 * 3600  # seconds that others wait for the first, which may have a corpus to tokenise
 _EXPLICIT = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
@@ -41,11 +42,13 @@ def start() -> None:
     if arguments is None or jax.distributed.is_initialized():
         return
     jax.config.update("jax_cpu_collectives_implementation", "gloo")
+    # Before joining, too: where the others do not come, jax does not raise but aborts.
+    ctypes.CDLL(None).signal(signal.SIGABRT, _when_lost)
+    seconds = {"heartbeat_timeout_seconds": HEARTBEAT, "shutdown_timeout_seconds": HEARTBEAT}
     try:
-        jax.distributed.initialize(**arguments, heartbeat_timeout_seconds=HEARTBEAT, shutdown_timeout_seconds=HEARTBEAT)
+        jax.distributed.initialize(**arguments, **seconds, initialization_timeout=JOIN)
     except (RuntimeError, ValueError) as error:
         raise ConfigError(f"the processes of this run do not come together: {error}") from error
-    ctypes.CDLL(None).signal(signal.SIGABRT, _when_lost)
     metrics.speaks = is_first()
 
 
@@ -138,4 +141,4 @@ def whole(tree):
 @ctypes.CFUNCTYPE(None, ctypes.c_int)
 def _when_lost(signum: int) -> None:
     """jax's runtime aborts the process, from a thread of its own, when another is lost; that would exit with 134."""
-    stopping.end("another process of this run is lost.")
+    stopping.end(f"another process of this run is lost, or did not come within {JOIN} s.")

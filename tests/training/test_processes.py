@@ -90,6 +90,20 @@ def test_a_killed_process_ends_its_fellow_and_the_run_continues_in_other_numbers
     assert same(exact(tmp_path / "killed" / "tnl"), exact(tmp_path / "one" / "tnl"))
 
 
+@pytest.mark.parametrize("own", (0, 1))
+def test_a_process_whose_fellow_never_comes_ends_with_the_code_to_start_again(own):
+    program = "from linscale.training import hosts; hosts.JOIN = 1; hosts.start()"
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        address = f"localhost:{free.getsockname()[1]}"
+    env = os.environ | {"JAX_PLATFORMS": "cpu", "JAX_COORDINATOR_ADDRESS": address, "JAX_NUM_PROCESSES": "2"}
+    ended = subprocess.run(
+        [sys.executable, "-c", program], env=env | {"JAX_PROCESS_ID": str(own)}, capture_output=True, timeout=120
+    )
+    assert ended.returncode == Restart.code, ended.stderr
+    assert b"did not come within 1 s" in ended.stderr
+
+
 @pytest.mark.slow
 def test_sigterm_to_one_process_saves_in_all(recipe, options, exact, tmp_path):
     more = ("--config.train.steps=400", "--config.train.checkpoint_every=1000")
