@@ -39,7 +39,7 @@ def peer(case, seconds: float) -> int:
     A fifth of the kills fall before the processes have come together, where the survivor waits longest.
     """
     dice = random.Random(case.seed)
-    before_joining = case.number % 5 == 0
+    before_joining = case.number % 5 == 3
     for _ in range(8):
         processes, victim = case.start_all(0), dice.randrange(PROCESSES)
         if before_joining:
