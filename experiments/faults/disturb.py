@@ -70,7 +70,7 @@ def last_line(run: Path) -> str:
     return ""
 
 
-def _lines(run: Path) -> int:
+def lines(run: Path) -> int:
     with contextlib.suppress(OSError):
         return (run / "metrics.jsonl").read_bytes().count(b"\n")
     return 0
@@ -117,7 +117,7 @@ def note(case, attempt: int, code: int, began: float) -> None:
         "code": code,
         "seconds": round(time.monotonic() - began, 2),
         "continues after": [-1 if (case.run / "DONE.json").exists() else steps[-1] if steps else 0],
-        "lines": _lines(case.run),
+        "lines": lines(case.run),
     }
 
 
@@ -159,7 +159,7 @@ def sigkill_once(case, attempt: int, dice: random.Random, target: str, seconds: 
         time.sleep(dice.uniform(0, 0.8 * seconds))
     elif target == "a step":
         wanted = dice.randrange(25, 180)
-        wait(process, lambda: _lines(run) >= wanted)
+        wait(process, lambda: lines(run) >= wanted)
     elif target == "a save":
         wanted = dice.randrange(20, 201, 20)
         wait(process, lambda: any(run.glob(f"checkpoints/{wanted}*")))
@@ -188,7 +188,7 @@ def sigterm(case, seconds: float) -> int:
             wait(process, lambda: "config.data.source" in case.said(0))  # from here on the signal is taken
             time.sleep(dice.uniform(0, 0.3) * seconds)
         else:
-            wait(process, lambda wanted=wanted: _lines(case.run) > wanted)
+            wait(process, lambda wanted=wanted: lines(case.run) > wanted)
         if process.poll() is None:
             began = time.monotonic()
             (os.killpg if dice.random() < 0.5 else os.kill)(process.pid, signal.SIGTERM)
@@ -216,7 +216,7 @@ def damage(case, seconds: float) -> int:
     """A killed run, then one file of its newest checkpoint cut short or with one bit flipped; most often the largest."""
     dice = random.Random(case.seed)
     process, wanted = case.start(0), dice.randrange(45, 190)
-    wait(process, lambda: _lines(case.run) >= wanted and len(whole_steps(case.run)) > 1)
+    wait(process, lambda: lines(case.run) >= wanted and len(whole_steps(case.run)) > 1)
     began = time.monotonic()
     _kill(process)
     note(case, 0, process.returncode, began)
@@ -240,7 +240,7 @@ def disk(case, seconds: float) -> int:
     dice = random.Random(case.seed)
     case.tensorboard = dice.random() < 0.5
     process, wanted = case.start(0), dice.randrange(1, 190)
-    wait(process, lambda wanted=wanted: _lines(case.run) >= wanted)
+    wait(process, lambda wanted=wanted: lines(case.run) >= wanted)
     before, ballast = whole_steps(case.run), Path(case.output) / "ballast"
     leave, began = dice.choice((0, 4096, 100_000, 300_000)), time.monotonic()
     with contextlib.suppress(OSError), open(ballast, "wb", buffering=0) as file:
@@ -280,7 +280,7 @@ def _to_a_worker(case, sent: signal.Signals) -> int:
     dice = random.Random(case.seed)
     for _ in range(8):
         process, wanted = case.start(0), dice.randrange(1, 150)
-        wait(process, lambda wanted=wanted: _lines(case.run) >= wanted)
+        wait(process, lambda wanted=wanted: lines(case.run) >= wanted)
         found = _workers(process.pid)
         if process.poll() is None and found:
             began = time.monotonic()
