@@ -42,8 +42,8 @@ class Mixer(nnx.Module):
         q = activation(model.hgrn2_query_activation)(q)
         gates = log_forget(self.forget(x_BTD).astype(jnp.float32), self.lower_bound[...])
         gates = split_heads(gates, model.heads)
-        out, cache = attend(model, q, None, v, state=cache, segment_ids=segment_ids, log_decay=gates)
-        return self.out(simple_rms_norm(merge_heads(out), model.hgrn2_norm_epsilon)), cache
+        out, caches = attend(model, q, None, v, cache=cache, segment_ids=segment_ids, log_decay=gates)
+        return self.out(simple_rms_norm(merge_heads(out), model.hgrn2_norm_epsilon)), caches
 
 
 def log_forget(x: jax.Array, beta: jax.Array) -> jax.Array:

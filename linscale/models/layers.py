@@ -4,6 +4,7 @@ Letters: B batch, T tokens, D width, H heads, K channels of a head.
 """
 
 import functools
+import typing
 
 import jax
 import jax.numpy as jnp
@@ -89,18 +90,36 @@ def activation(name: str):
     return {"none": lambda x: x, "silu": jax.nn.silu}[name]
 
 
-def attend(model: Model, q, k, v, *, state, segment_ids, log_decay=None, phase=None):
+class LayerCache(typing.NamedTuple):
+    """One layer's part of the caches of all layers of its kind, arrays [L,B,...]."""
+
+    caches: typing.Any
+    layer: jax.Array  # which of them
+
+    def read(self):
+        take = functools.partial(jax.lax.dynamic_index_in_dim, keepdims=False, allow_negative_indices=False)
+        return jax.tree.map(lambda x: take(x, self.layer), self.caches)
+
+    def write(self, new, slot=0):
+        """All caches, with this layer's replaced by `new`, or the part of it that `new` covers from `slot` on."""
+        put = functools.partial(jax.lax.dynamic_update_slice, allow_negative_indices=False)
+        at = (self.layer, 0, slot)
+        return jax.tree.map(lambda x, part: put(x, part[None], at + (0,) * (x.ndim - 3)), self.caches, new)
+
+
+def attend(model: Model, q, k, v, *, cache: LayerCache | None, segment_ids, log_decay=None, phase=None):
     """Linear attention in a mixer: one step when a single token continues a state, the whole sequence otherwise.
 
-    Returns (out [B,T,H,K], the state after the last token, or None where none was given).
+    Returns (out [B,T,H,K], all layers' states with this one's after the last token, or None where no cache was given).
     """
+    state = None if cache is None else cache.read()
     if state is not None and q.shape[1] == 1:
         now = log_decay[:, 0] if log_decay is not None and log_decay.ndim == 4 else log_decay
         k_now = None if k is None else k[:, 0]
         out, state = linear_attention_step(q[:, 0], k_now, v[:, 0], state, log_decay=now, phase=phase)
-        return out[:, None], state
+        return out[:, None], cache.write(state)
     implementation = None if model.attention == "auto" else model.attention
     run = functools.partial(linear_attention, log_decay=log_decay, phase=phase, implementation=implementation)
     run = functools.partial(run, axes=AXES if state is None else None)  # decoding is left to the partitioner
     out, after = run(q, k, v, initial_state=state, segment_ids=segment_ids)
-    return out, None if state is None else after
+    return out, None if cache is None else cache.write(after)

@@ -39,14 +39,14 @@ class Mixer(nnx.Module):
         if start is not None:  # rows padded on the left: positions count from each row's first token
             positions = positions - start[:, None]
         q, k = (rotate(x, positions, self.model.rope_base) for x in (q, k))
-        offset = None
+        caches = offset = None
         if cache is not None:
-            put = jax.lax.dynamic_update_slice_in_dim
-            cache = {"k": put(cache["k"], k, position, axis=1), "v": put(cache["v"], v, position, axis=1)}
-            k, v, offset = cache["k"], cache["v"], position
+            caches = cache.write({"k": k, "v": v}, slot=position)
+            kept = cache._replace(caches=caches).read()
+            k, v, offset = kept["k"], kept["v"], position
         axes = AXES if cache is None else None
         out = softmax_attention(q, k, v, segment_ids=segment_ids, offset=offset, start=start, axes=axes)
-        return self.out(merge_heads(out)), cache
+        return self.out(merge_heads(out)), caches
 
 
 def rotate(x_BTHK, positions, base):

@@ -44,8 +44,8 @@ class Mixer(nnx.Module):
         model = self.model
         q, k, v = (split_heads(w(x_BTD), model.heads) for w in (self.query, self.key, self.value))
         q, k, v = jax.nn.silu(q), jax.nn.silu(k), activation(model.value_activation)(v)
-        out, cache = attend(model, q, k, v, state=cache, segment_ids=segment_ids, log_decay=log_decay(model, layer))
-        return self.out(simple_rms_norm(merge_heads(out)) * self.gate(x_BTD)), cache
+        out, caches = attend(model, q, k, v, cache=cache, segment_ids=segment_ids, log_decay=log_decay(model, layer))
+        return self.out(simple_rms_norm(merge_heads(out)) * self.gate(x_BTD)), caches
 
 
 def log_decay(model: Model, layer) -> jax.Array:

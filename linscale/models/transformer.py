@@ -22,7 +22,7 @@ from linscale import sharding
 from linscale.config import ConfigError, Model
 from linscale.kernels import cross_entropy
 from linscale.models import cosformer2, hgrn2, llama, tnl
-from linscale.models.layers import GatedLinearUnit, activation, compute_dtype
+from linscale.models.layers import GatedLinearUnit, LayerCache, activation, compute_dtype
 from linscale.models.tpe import Tpe
 
 _MIXERS = {"llama": llama.Mixer, "tnl": tnl.Mixer, "hgrn2": hgrn2.Mixer, "cosformer2": cosformer2.Mixer}
@@ -52,9 +52,9 @@ class Block(nnx.Module):
         self.ffn = GatedLinearUnit(model, mixer.ffn_activation if chosen == "paper" else activation(chosen), rngs)
 
     def __call__(self, x_BTD, **context):
-        mixed_BTD, cache = self.mixer(self.mixer_norm(x_BTD), **context)
+        mixed_BTD, caches = self.mixer(self.mixer_norm(x_BTD), **context)
         x_BTD = x_BTD + mixed_BTD
-        return x_BTD + self.ffn(self.ffn_norm(x_BTD)), cache
+        return x_BTD + self.ffn(self.ffn_norm(x_BTD)), caches
 
 
 class Transformer(nnx.Module):
@@ -90,38 +90,43 @@ class Transformer(nnx.Module):
     def _run_layers(self, x_BTD, segment_ids_BT, cache):
         position = 0 if cache is None else cache["position"]
         start = None if cache is None else cache.get("start")
-        stacks = {}
+        layer_of, stacks, caches = {}, {}, {}
         for kind, at in layer_indices(self.model).items():
             graphdef, params = nnx.split(self.layers[kind])
             params = nnx.to_pure_dict(params)
             if hasattr(_MIXERS[kind], "across_layers"):
                 params["mixer"] = _MIXERS[kind].across_layers(params["mixer"])
-            stacks[kind] = (params, jnp.asarray(at), None if cache is None else cache["layers"][kind])
+            caches[kind] = None if cache is None else cache["layers"][kind]
+            stacks[kind] = (params, jnp.asarray(at), None if cache is None else jnp.arange(len(at)))
 
             context = {"position": position, "segment_ids": segment_ids_BT}
             if kind == "llama" and start is not None:  # its keys are masked instead
                 context |= {"segment_ids": None, "start": start}
 
-            def one_layer(x_BTD, xs, graphdef=graphdef, context=context):
-                params, layer, cache = xs
+            # Caches are carried, not scanned over: so they are changed in place, where results of a scan are new arrays.
+            def one_layer(carry, xs, graphdef=graphdef, context=context):
+                x_BTD, caches = carry
+                params, layer, row = xs
                 block = nnx.merge(graphdef, sharding.gather(params, compute_dtype(self.model)))
-                x_BTD, cache = block(x_BTD, layer=layer, cache=cache, **context)
-                return sharding.constrain(x_BTD, "batch", "sequence", None), cache
+                cache = None if caches is None else LayerCache(caches, row)
+                x_BTD, caches = block(x_BTD, layer=layer, cache=cache, **context)
+                return (sharding.constrain(x_BTD, "batch", "sequence", None), caches), None
 
-            stacks[kind] = (_remat(one_layer, self.model.remat), stacks[kind])
+            layer_of[kind] = _remat(one_layer, self.model.remat)
 
-        def run(kind, x_BTD, xs):
-            return jax.lax.scan(stacks[kind][0], x_BTD, xs, unroll=min(self.model.unroll, xs[1].shape[0]))
+        def run(kind, x_BTD, caches, xs):
+            unroll = min(self.model.unroll, xs[1].shape[0])
+            (x_BTD, new), _ = jax.lax.scan(layer_of[kind], (x_BTD, caches[kind]), xs, unroll=unroll)
+            return x_BTD, caches | {kind: new}
 
         runs = period(self.model)
         if len(runs) == 1:
             kind = runs[0][0]
-            x_BTD, new = run(kind, x_BTD, stacks[kind][1])
-            return x_BTD, {kind: new}
-        return _run_periods(run, runs, {kind: xs for kind, (_, xs) in stacks.items()}, x_BTD, self.model)
+            return run(kind, x_BTD, caches, stacks[kind])
+        return _run_periods(run, runs, stacks, x_BTD, caches, self.model)
 
 
-def _run_periods(run, runs, stacks, x_BTD, model):
+def _run_periods(run, runs, stacks, x_BTD, caches, model):
     """Whole periods in a scan, each run of equal layers in a scan of its own; the layers left over come last."""
     periods = model.layers // sum(count for _, count in runs)
     counts = dict(runs)
@@ -131,21 +136,18 @@ def _run_periods(run, runs, stacks, x_BTD, model):
     }
     rest = {kind: jax.tree.map(lambda a, n=counts[kind]: a[periods * n :], xs) for kind, xs in stacks.items()}
 
-    def one_period(x_BTD, xs):
-        new = {}
+    def one_period(carry, xs):
         for kind, _ in runs:
-            x_BTD, new[kind] = run(kind, x_BTD, xs[kind])
-        return x_BTD, new
+            carry = run(kind, *carry, xs[kind])
+        return carry, None
 
-    new = {}
+    carry = x_BTD, caches
     if periods:
-        x_BTD, new = jax.lax.scan(one_period, x_BTD, whole)
-        new = jax.tree.map(lambda a: a.reshape(-1, *a.shape[2:]), new)
+        carry, _ = jax.lax.scan(one_period, carry, whole)
     for kind, _ in runs:
         if kind in rest and rest[kind][1].shape[0]:
-            x_BTD, last = run(kind, x_BTD, rest[kind])
-            new[kind] = jax.tree.map(lambda a, b: jnp.concatenate([a, b]), new[kind], last) if kind in new else last
-    return x_BTD, new
+            carry = run(kind, *carry, rest[kind])
+    return carry
 
 
 def _forget_left_padding(cache, tokens):

@@ -99,11 +99,23 @@ def test_memory_does_not_grow_with_text(arch):
     assert programs[0] == programs[1]  # so every buffer of it has the same size
 
 
-def _decoding(model, slots):
+def _decoding(model, slots, rows=2):
     params = jax.eval_shape(lambda: generation.for_decoding(model, models.init(model, 0)))
-    cache = jax.eval_shape(lambda: models.init_cache(model, 2, slots))
-    rows = jax.ShapeDtypeStruct((2,), jnp.int32), jax.ShapeDtypeStruct((2,), bool)
-    return params, cache, *rows, jax.eval_shape(lambda: jax.random.split(jax.random.key(0), 2))
+    cache = jax.eval_shape(lambda: models.init_cache(model, rows, slots))
+    last, ended = jax.ShapeDtypeStruct((rows,), jnp.int32), jax.ShapeDtypeStruct((rows,), bool)
+    return params, cache, last, ended, jax.eval_shape(lambda: jax.random.split(jax.random.key(0), rows))
+
+
+@pytest.mark.parametrize("arch", ["llama", "hgrn2", "hybrid"])
+def test_the_cache_is_changed_in_place(arch):
+    """The program takes over the given cache's memory, and holds no second one: about one layer's part is worked on."""
+    model = Model(arch=arch, layers=10, width=64, heads=2, ffn=64, vocab_size=61, softmax_every=2, dtype="float32")
+    params, cache, last, ended, keys = _decoding(model, 2048, rows=32)
+    given = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(cache["layers"]))
+    decode = generation._decode.lower(model, params, cache, last, ended, keys, -1, 0, Sampling())
+    used = decode.compile().memory_analysis()
+    assert used.alias_size_in_bytes >= given
+    assert used.temp_size_in_bytes < 0.3 * given
 
 
 @pytest.mark.parametrize("arch", ["llama", "hgrn2", "tnl"])
