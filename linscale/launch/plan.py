@@ -137,6 +137,7 @@ def search(config: Config, topology: hardware.Topology, tries: int, tell=lambda 
     mesh = sharding.sizes(config.mesh, topology.devices)
     sharding.check(config, topology.devices)
     devices = ahead.devices(topology)  # before jax begins
+    sharding.check_host_memory(config, devices[0])
     models.validate(config.model)
 
     def attempt(config: Config, mesh: dict[str, int]) -> Plan:

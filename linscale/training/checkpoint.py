@@ -12,6 +12,7 @@ has been read whole.
 """
 
 import contextlib
+import dataclasses
 import errno
 import functools
 import json
@@ -221,9 +222,10 @@ def steps_in(folder: Path) -> list[int]:
 def abstract_state(config: Config, mesh: jax.sharding.Mesh) -> TrainState:
     """Shapes, dtypes and shardings of a run's training state on a mesh."""
     shapes = jax.eval_shape(functools.partial(init, config))
-    return jax.tree.map(
-        lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, sharding.shardings(mesh, shapes)
-    )
+    lie = sharding.shardings(mesh, shapes)
+    if config.optimizer.offload:
+        lie = dataclasses.replace(lie, opt_state=sharding.shardings(mesh, shapes.opt_state, sharding.HOST))
+    return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, lie)
 
 
 def sums(tree: Any) -> dict[str, int]:
@@ -248,6 +250,7 @@ def _summed(out: jax.sharding.Sharding):
 
 
 def _sum(x: jax.Array) -> jax.Array:
+    x = jax.device_put(x, jax.memory.Space.Device)  # it may lie in the host's memory
     x = x.astype(jnp.uint8) if x.dtype == bool else x
     bits = jax.lax.bitcast_convert_type(x, jnp.dtype(f"uint{8 * x.dtype.itemsize}")).astype(jnp.uint32)
     strides = [math.prod(x.shape[axis + 1 :]) % 2**32 for axis in range(x.ndim)]
