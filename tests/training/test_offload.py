@@ -51,7 +51,7 @@ def test_nothing_changes_but_where_the_moments_lie_and_so_they_are_saved_and_res
 
 def test_a_backend_without_such_memory_is_refused():
     device = SimpleNamespace(device_kind="abacus", addressable_memories=lambda: [SimpleNamespace(kind="device")])
-    with pytest.raises(ConfigError, match="config.optimizer.offload is True, but abacus offers no memory of kind"):
+    with pytest.raises(ConfigError, match=r"config\.optimizer\.offload is True, but abacus offers no memory of kind"):
         sharding.check_host_memory(config(offload=True), device)
     sharding.check_host_memory(config(), device)
     sharding.check_host_memory(config(offload=True), jax.devices()[0])
