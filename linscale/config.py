@@ -106,6 +106,7 @@ class Optimizer:
     eps: float = 1e-8
     weight_decay: float = 0.1  # on matrices and embedding
     clip: float = 1.0  # global norm of the gradient
+    offload: bool = False  # keep Adam's moments, 8 bytes a parameter, in the host's memory between updates
 
 
 @dataclasses.dataclass(frozen=True)

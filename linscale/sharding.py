@@ -22,6 +22,7 @@ from linscale.config import ConfigError
 from linscale.kernels.axes import Axes
 
 NAMES = ("data", "fsdp", "sequence", "tensor")
+HOST = "pinned_host"  # kind of the host's memory from which devices copy without the processor
 
 
 @dataclasses.dataclass(frozen=True)
@@ -188,17 +189,28 @@ def like_parameters(params: Any) -> Any:
     )
 
 
-def shardings(mesh: Mesh, tree: Any) -> Any:
-    """NamedSharding of every array of a tree of parameters, or of a whole training state.
+def shardings(mesh: Mesh, tree: Any, memory: str | None = None) -> Any:
+    """NamedSharding of every array of a tree of parameters, of the optimizer's state, or of a whole training state.
 
     The optimizer's moments repeat the parameters' names in dicts and lie like them; all else is on every device.
+    memory: kind of memory of what is named, as HOST; None is the devices' own.
     """
 
     def one(path, x):
         named = any(isinstance(key, jax.tree_util.DictKey) for key in path)
-        return NamedSharding(mesh, _spec(path, x.ndim) if named else PartitionSpec())
+        return NamedSharding(mesh, _spec(path, x.ndim), memory_kind=memory) if named else replicated(mesh)
 
     return jax.tree_util.tree_map_with_path(one, tree)
+
+
+def check_host_memory(config: configs.Config, device) -> None:
+    """ConfigError, before any compile, where config.optimizer.offload asks for a memory that the device cannot reach."""
+    kinds = [memory.kind for memory in device.addressable_memories()]
+    if config.optimizer.offload and HOST not in kinds:
+        raise ConfigError(
+            f"config.optimizer.offload is True, but {device.device_kind} offers no memory of kind {HOST!r} (it has "
+            f"{', '.join(kinds)}); set it to False, and a larger config.mesh.fsdp to save memory."
+        )
 
 
 def of_batch(mesh: Mesh) -> NamedSharding:

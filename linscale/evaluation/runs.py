@@ -110,6 +110,8 @@ class Run:
         abstract = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, sharding)
         try:
             return checkpoint.read(path, {"params": abstract})[0]["params"]
+        except ConfigError:
+            raise
         except Exception as error:  # what storage libraries raise on damaged files is open-ended
             reason = " ".join(str(error).split())[:300] or type(error).__name__
             raise ConfigError(f"{path} cannot be read ({reason}); choose another step with --step.") from error

@@ -76,6 +76,11 @@ def make(config: Config, topology: hardware.Topology, devices: list, mesh_sizes:
         arguments = sizes.state + sizes.batch
         memory = ahead.Memory(arguments, temporaries, arguments + temporaries)
 
+    if config.optimizer.offload:
+        notes.append(
+            f"the optimizer's moments, {2 * sizes.parameters / ahead.GIB:.2f} GiB a device, lie in the host's memory; the "
+            "time in which they come and go every step is not in the bound"
+        )
     hardware_flops = program.flops
     sent, kinds, moved, bound = {}, {}, 0.0, None
     if text is not None:
@@ -137,6 +142,7 @@ def search(config: Config, topology: hardware.Topology, tries: int, tell=lambda 
     mesh = sharding.sizes(config.mesh, topology.devices)
     sharding.check(config, topology.devices)
     devices = ahead.devices(topology)  # before jax begins
+    sharding.check_host_memory(config, devices[0])
     models.validate(config.model)
 
     def attempt(config: Config, mesh: dict[str, int]) -> Plan:
@@ -147,8 +153,9 @@ def search(config: Config, topology: hardware.Topology, tries: int, tell=lambda 
 
     def estimated(config: Config, mesh: dict[str, int]) -> float:
         parameters = flops.count_parameters(config.model).total
-        state = 12 * parameters / (mesh["fsdp"] * mesh["tensor"])
-        return state + estimate.temporary_bytes(config, mesh, state / 3)
+        each = 4 * parameters / (mesh["fsdp"] * mesh["tensor"])
+        state = each if config.optimizer.offload else 3 * each
+        return state + estimate.temporary_bytes(config, mesh, each)
 
     return nearby.nearest(config, mesh, attempt, estimated, topology.chip.hbm, tries)
 

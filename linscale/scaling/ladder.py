@@ -6,10 +6,11 @@ command may be given again at any time.
 
 import argparse
 import gc
+import os
 import time
 from pathlib import Path
 
-from linscale.config import Config
+from linscale.config import Config, ConfigError
 from linscale.training import recipes
 
 DEFAULT = "configs/demo.py"
@@ -34,6 +35,14 @@ def main(argv: list[str]) -> int:
     args, rest = parser.parse_known_args(argv)
     configs = recipes.load_ladder(args.config, recipes.split(rest, "ladder"), args.only)
 
+    from linscale.training import hosts
+
+    if hosts.asked(os.environ) is not None:  # each would train the whole ladder, into the same folders
+        raise ConfigError(
+            "linscale ladder is one process, but this environment starts several (SLURM tasks, TPU workers or "
+            f"JAX_NUM_PROCESSES); there run linscale train --config={args.config}:RUNG for each rung, then linscale "
+            f"report {configs[0].output} in one process."
+        )
     run(configs, args.config)
     from linscale.scaling import report
 

@@ -12,6 +12,7 @@ has been read whole.
 """
 
 import contextlib
+import dataclasses
 import errno
 import functools
 import json
@@ -123,7 +124,7 @@ def save(checkpointer: Checkpointer, step: int, state: TrainState, data: dict) -
 
     Raises OSError where this save cannot begin, or the one before has failed.
     """
-    content = {"data": data, "sums": sums(state)}
+    content = {"data": data, "sums": sums(state), "shapes": _shapes(state)}
     with _writing(Path(checkpointer.directory)):
         checkpointer.save_checkpointables_async(
             step, {"state": state}, custom_metadata=content | {"crc32": _crc32(content)}
@@ -138,7 +139,7 @@ def wait(checkpointer: Checkpointer) -> None:
 
 def save_alone(path: Path, state: TrainState) -> None:
     """One checkpoint outside any run's series, whole when this returns. `read` reads it."""
-    content = {"data": {}, "sums": sums(state)}
+    content = {"data": {}, "sums": sums(state), "shapes": _shapes(state)}
     metadata = content | {"crc32": _crc32(content)}
     with _writing(path):
         ocp.save_checkpointables(path.absolute(), {"state": state}, custom_metadata=metadata)
@@ -172,13 +173,16 @@ def restore(checkpointer: Checkpointer, abstract: TrainState) -> tuple[int, Trai
 def read_newest(folder: Path, steps: list[int], abstract: Any) -> tuple[int, Any, dict, list[int]]:
     """(step, tree, data, damaged steps) of the newest checkpoint among `steps` that can be read whole.
 
-    Changes nothing on disk, so that the folder may be another run's. Raises ConfigError if none can be read.
+    Changes nothing on disk, so that the folder may be another run's. Raises ConfigError if none can be read, or if they
+    are of another model.
     """
     damaged = []
     for step in sorted(steps, reverse=True):
         reason = ""
         try:
             tree, data = read(folder / str(step), abstract)
+        except ConfigError:  # whole, but of another model, as those before it are
+            raise
         except Exception as error:  # what storage libraries raise on damaged files is open-ended
             reason = " ".join(str(error).split())[:300] or type(error).__name__
         if _all(not reason):
@@ -196,11 +200,20 @@ def read_newest(folder: Path, steps: list[int], abstract: Any) -> tuple[int, Any
 def read(path: Path, abstract: Any) -> tuple[Any, dict]:
     """(tree, data) of one checkpoint folder. abstract: a TrainState, or a dict of some of its fields.
 
-    Raises whatever the storage does on damaged files, and ValueError where what was read is not what was saved.
+    Raises ConfigError where it is of another model, whatever the storage does on damaged files, and ValueError where
+    what was read is not what was saved.
     """
     content = dict(ocp.checkpointables_metadata(path.absolute()).custom_metadata)
     if content.pop("crc32", None) != _crc32(content):
         raise ValueError("its metadata are not what was saved")
+    there = content.get("shapes", {})  # checkpoints of earlier versions have none
+    for name, shape in _shapes(abstract).items() if there else ():
+        if there.get(name) != shape:
+            has = f"its {name} has the shape {there[name]}" if name in there else f"it has no {name}"
+            raise ConfigError(
+                f"{path} is the checkpoint of another model: {has}, and this config makes it {shape}; give the config "
+                "it was trained with, or choose another folder."
+            )
     context = ocp.Context()
     context.pytree.loading.partial_load = isinstance(abstract, dict)
     with context:
@@ -221,9 +234,16 @@ def steps_in(folder: Path) -> list[int]:
 def abstract_state(config: Config, mesh: jax.sharding.Mesh) -> TrainState:
     """Shapes, dtypes and shardings of a run's training state on a mesh."""
     shapes = jax.eval_shape(functools.partial(init, config))
-    return jax.tree.map(
-        lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, sharding.shardings(mesh, shapes)
-    )
+    lie = sharding.shardings(mesh, shapes)
+    if config.optimizer.offload:
+        lie = dataclasses.replace(lie, opt_state=sharding.shardings(mesh, shapes.opt_state, sharding.HOST))
+    return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, lie)
+
+
+def _shapes(tree: Any) -> dict[str, list[int]]:
+    """Path of every array -> its shape."""
+    leaves, _ = jax.tree_util.tree_flatten_with_path(tree)
+    return {jax.tree_util.keystr(path, simple=True, separator="/"): list(leaf.shape) for path, leaf in leaves}
 
 
 def sums(tree: Any) -> dict[str, int]:
@@ -248,6 +268,7 @@ def _summed(out: jax.sharding.Sharding):
 
 
 def _sum(x: jax.Array) -> jax.Array:
+    x = jax.device_put(x, jax.memory.Space.Device)  # it may lie in the host's memory
     x = x.astype(jnp.uint8) if x.dtype == bool else x
     bits = jax.lax.bitcast_convert_type(x, jnp.dtype(f"uint{8 * x.dtype.itemsize}")).astype(jnp.uint32)
     strides = [math.prod(x.shape[axis + 1 :]) % 2**32 for axis in range(x.ndim)]

@@ -24,6 +24,7 @@ from linscale.training.metrics import say
 def check(config: Config) -> None:
     """Everything about a run that can be wrong before its data are read. ConfigError; nothing is compiled."""
     sharding.check(config, jax.device_count())
+    sharding.check_host_memory(config, jax.devices()[0])
     models.validate(config.model)
     metrics.check_wandb(config)
     start.check(config)

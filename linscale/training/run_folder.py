@@ -35,6 +35,7 @@ FREE = (
     "mesh.fsdp",
     "mesh.sequence",
     "mesh.tensor",
+    "optimizer.offload",
     "log.tensorboard",
     "log.wandb_project",
 )

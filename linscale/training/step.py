@@ -40,9 +40,12 @@ def train_step(config: Config, state: TrainState, batch: dict) -> tuple[TrainSta
     loss, grads = gradients(config, state.params, batch)
     norm = optax.tree.norm(grads)
     good, guarded, judged = guard.judge(config, state.guard, loss, norm)
-    updates, opt_state = optimizer.make(config).update(grads, state.opt_state, state.params)
+    moments = state.opt_state
+    if config.optimizer.offload:  # the update alone has them on the devices; the caller's out_shardings put them back
+        moments = jax.device_put(moments, jax.memory.Space.Device)
+    updates, opt_state = optimizer.make(config).update(grads, moments, state.params)
     params = guard.choose(good, optax.apply_updates(state.params, updates), state.params)
-    opt_state = guard.choose(good, opt_state, state.opt_state)
+    opt_state = guard.choose(good, opt_state, moments)
     metrics = {"loss": loss, "grad_norm": norm, "lr": optimizer.schedule(config)(state.step)} | judged
     return TrainState(params, opt_state, state.step + 1, guarded), metrics
 

@@ -78,6 +78,35 @@ def test_what_the_sequence_axis_sends_of_linear_models_does_not_grow_with_the_se
         assert sent[1] == sent[0]
 
 
+OFFLOADED = """
+import sys
+from linscale.launch import ahead, hardware
+ahead.prepare()
+from linscale.training import recipes
+devices = ahead.devices(hardware.parse("v5e:2x2"))
+sizes = {"layers": 1, "width": 256, "heads": 4, "ffn": 512, "attention": "chunked"}
+options = [(f"model.{field}", str(value)) for field, value in sizes.items()]
+options += [("mesh.data", "1"), ("mesh.fsdp", "4"), ("train.batch", "4"), ("train.sequence", "128")]
+program = ahead.program(recipes.load_run("configs/demo.py:tnl-14k", [*options, ("optimizer.offload", sys.argv[1])]), devices)
+stats = program.lowered.compile().memory_analysis()
+print(ahead.sizes(program).parameters, stats.argument_size_in_bytes, stats.host_argument_size_in_bytes, stats.host_output_size_in_bytes)
+"""
+
+
+@pytest.mark.tpu_compile
+def test_offloaded_moments_lie_in_the_memory_of_the_host():
+    """By the compiler's own figures, in bytes on a device and beside it; arrays are padded to whole tiles."""
+    found = {}
+    for offload in ("true", "false"):
+        command = [sys.executable, "-c", OFFLOADED, offload]
+        out = subprocess.run(command, capture_output=True, text=True, check=True, timeout=600).stdout
+        found[offload] = [int(number) for number in out.splitlines()[-1].split()]
+    parameters, held, on_host, back = found["true"]
+    assert found["false"][2:] == [0, 0] and on_host == back
+    assert 2 * parameters <= on_host < 2.2 * parameters
+    assert found["false"][1] - held == pytest.approx(on_host, rel=0.1)
+
+
 @pytest.mark.tpu_compile
 def test_a_setting_that_fits_is_found(tmp_path):
     """A model whose activations do not fit on four v5e chips as asked."""

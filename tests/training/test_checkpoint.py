@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from linscale.config import ConfigError
+from linscale.evaluation import runs
 from linscale.scaling import flops
 from linscale.sharding import make_mesh
 from linscale.training import checkpoint, loop, run_folder, start, step
@@ -84,6 +85,20 @@ def test_half_written_checkpoints_are_named_and_removed(saved, capsys):
     (folder / "3.orbax-checkpoint-tmp-7" / "state").mkdir(parents=True)
     assert restored(config, folder)[0] == 2
     assert "checkpoint 3 was not finished" in capsys.readouterr().err and not list(folder.glob("3*"))
+
+
+@pytest.mark.parametrize(
+    "changes, named", [({"model.ffn": 64}, "has the shape"), ({"model.arch": "llama"}, "it has no")]
+)
+def test_a_checkpoint_of_another_model_is_one_sentence(saved, make, changes, named, capsys):
+    """In the folder of a run, whose config.json may well be right; and for evaluation, which reads the parameters."""
+    _, _, folder = saved
+    other = make("hgrn2", **changes, **{"name": "hgrn2"})
+    with pytest.raises(ConfigError, match=f"2 is the checkpoint of another model: .*{named}"):
+        restored(other, folder)
+    assert checkpoint.steps_in(folder) == [1, 2] and "damaged" not in capsys.readouterr().err
+    with pytest.raises(ConfigError, match=f"2 is the checkpoint of another model: .*{named}"):
+        runs.Run(folder.parent, {}, other).params()
 
 
 @pytest.mark.parametrize("dtype", ("float32", "bfloat16", "int32", "bool"))

@@ -59,6 +59,16 @@ def test_every_run_is_checked_before_the_first_is_trained(argv, monkeypatch, cap
     assert "notes.txt but no config.json" in capsys.readouterr().err
 
 
+def test_several_processes_are_refused(argv, monkeypatch, capsys):
+    several = {"JAX_COORDINATOR_ADDRESS": "localhost:1", "JAX_NUM_PROCESSES": "2", "JAX_PROCESS_ID": "1"}
+    for variable, value in several.items():
+        monkeypatch.setenv(variable, value)
+    monkeypatch.setattr(ladder, "run", lambda *_: pytest.fail("trained"))
+    assert cli.main(argv) == 2
+    said = capsys.readouterr().err.strip().splitlines()
+    assert len(said) == 1 and "linscale ladder is one process" in said[0]
+
+
 def test_space_is_checked_for_all_runs_together(make, monkeypatch):
     configs = [make("llama"), make("tnl")]
     run_folder.check(configs[0])
