@@ -7,8 +7,12 @@ from pathlib import Path
 
 import pytest
 
-# Most of the time is compilation: machine code as it comes will do.
-FLAGS = "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0"
+# Most of the time is compilation: machine code as it comes will do. Eight devices on a busy machine may wait for each
+# other longer than the 40 seconds after which XLA ends the process.
+FLAGS = (
+    "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0 "
+    "--xla_cpu_collective_call_terminate_timeout_seconds=600 --xla_cpu_collective_timeout_seconds=600"
+)
 
 
 @pytest.mark.parametrize("marked", ("not slow", pytest.param("slow", marks=pytest.mark.slow)))
