@@ -16,6 +16,7 @@ from jax.custom_derivatives import SymbolicZero
 
 from linscale.kernels.linear_attention import chunked, pallas_gpu_phase
 from linscale.kernels.linear_attention.reference import document_starts
+from linscale.kernels.remat import kept
 
 MULTIPROCESSORS = 132  # of an H100 or H200
 CHANNELS = (64, 128)
@@ -50,14 +51,11 @@ def pallas_gpu(q, k, v, log_decay, phase, initial_state, segment_ids):
     """Arguments and results as `api.linear_attention`."""
     if phase is None:
         return _any_shape(q, k, v, log_decay, None, initial_state, segment_ids)
-    fixed = jax.lax.stop_gradient(phase)
-    if (
-        6 * q.shape[0] * q.shape[2] >= MULTIPROCESSORS or q.shape[1] < 1024
-    ):  # fewer heads: four times the traffic, in spans
-        out, state = _any_shape(q, k, v, None, fixed, initial_state, segment_ids)
-    else:
-        run = lambda q, k, v, state: _any_shape(q, k, v, None, None, state, segment_ids)  # noqa: E731
-        out, state = pallas_gpu_phase.as_two_heads(q, k, v, fixed, initial_state, run)
+    if 6 * q.shape[0] * q.shape[2] >= MULTIPROCESSORS or q.shape[1] < 1024:
+        return _any_shape(q, k, v, None, phase, initial_state, segment_ids)
+    # Few heads: four times the traffic, in spans.
+    run = lambda q, k, v, state: _any_shape(q, k, v, None, None, state, segment_ids)  # noqa: E731
+    out, state = pallas_gpu_phase.as_two_heads(q, k, v, jax.lax.stop_gradient(phase), initial_state, run)
     return pallas_gpu_phase.learn(out, state, phase, q, k, v, initial_state, segment_ids)
 
 
@@ -77,7 +75,7 @@ def _any_shape(q, k, v, log_decay, phase, initial_state, segment_ids):
     if phase is not None:
         phase = _pad(phase, [(0, 0), (0, 128 - K)])
         docs = _documents(segment_ids, q, 1)
-        out, state = pallas_gpu_phase.on_chip(tokens, q, k, v, phase, initial_state, docs)
+        out, state = pallas_gpu_phase.on_chip(tokens, q, k, v, phase, initial_state, segment_ids, docs)
         state = state.reshape(*state.shape[:2], 2, 128, 128)[..., :K, :V]
         return out[:, :tokens, :, :V], state.reshape(*state.shape[:2], 2 * K, V)
     if log_decay is None:
@@ -120,7 +118,8 @@ def _vector_values(q, k, v, log_decay, initial_state, save):
 
 
 def _vector_forward(q, k, v, log_decay, initial_state):
-    out, after, (states, scores) = _vector_values(q, k, v, log_decay, initial_state, save=True)
+    out, after, saved = _vector_values(q, k, v, log_decay, initial_state, save=True)
+    states, scores = kept(saved)
     return (out, after), (q, k, v, log_decay, states, scores, None if initial_state is None else ())
 
 
@@ -176,7 +175,7 @@ def _scalar_forward(tokens, *args):
     )
     learned = args[3].perturbed
     out, state, before = _scalar_values(tokens, q, k, v, log_decay, initial_state, segment_ids)
-    return (out, state), (q, k, v, log_decay, initial_state, segment_ids, before, () if learned else None)
+    return (out, state), (q, k, v, log_decay, initial_state, segment_ids, kept(before), () if learned else None)
 
 
 def _scalar_backward(tokens, residuals, cotangents):

@@ -56,6 +56,22 @@ def test_forward_and_backward_lower(kind, tokens, channels, state, segments):
 
 
 @lowers
+@pytest.mark.parametrize("segments", (False, True))
+def test_gradient_of_phase_lowers_to_kernels_alone(segments):
+    arrays, _ = shapes("phase", 1001, 128, state=False, segments=False, heads=16)
+    ids = jnp.arange(2002).reshape(2, 1001) // 300 if segments else None
+
+    def loss(q, k, v, phase):
+        return pallas_gpu.pallas_gpu(q, k, v, None, phase, None, ids)[0].astype(jnp.float32).sum()
+
+    trace = jax.jit(jax.grad(loss, argnums=(0, 1, 2, 3))).trace(*arrays.values())
+    text = trace.lower(lowering_platforms=("cuda",)).as_text()
+    assert "mosaic_gpu" in text
+    assert "stablehlo.while" not in text
+    assert "stablehlo.dot_general" not in text
+
+
+@lowers
 @pytest.mark.parametrize("kind", ("none", "scalar", "phase", "vector", "tied"))
 def test_forward_and_backward_lower_on_every_device_of_a_mesh(kind, monkeypatch):
     """Dispatch sees the shapes and the machine of a device, two of the sequence axis."""
@@ -125,6 +141,12 @@ class TestOnTheDevice:
     def test_plain(self, kind):
         arrays, ids = shared.draw(7, 130, kind, state=False)
         shared.compare("pallas_gpu", arrays, ids, 5e-3, dtype=jnp.bfloat16)
+
+    @pytest.mark.parametrize("segments", (False, True))
+    def test_gradient_of_phase_by_the_kernels(self, segments, monkeypatch):
+        monkeypatch.setattr(shared, "HEADS", 12)
+        arrays, ids = shared.draw(3, 500, "phase", state=False, segments=segments)
+        shared.compare("pallas_gpu", arrays, ids, 5e-3, dtype=jnp.bfloat16, final=False)
 
     @pytest.mark.parametrize("kind", ("vector/0.1", "vector/1", "vector/10"))
     @pytest.mark.parametrize("segments", (False, True))
