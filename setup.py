@@ -50,7 +50,7 @@ setup(
         "wandb": ["wandb>=0.18"],
         "test": [
             "pytest>=8",
-            "pytest-xdist>=3.6",
+            "pytest-xdist>=3.8",
             "hypothesis>=6.100",
             "ruff==0.17.6",  # its rules and layout change between releases
             "tensorboard>=2.17",

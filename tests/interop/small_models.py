@@ -1,6 +1,7 @@
 """Runs of small random models, to be exported."""
 
 import dataclasses
+import functools
 from pathlib import Path
 
 import jax
@@ -21,15 +22,9 @@ MODELS = {
 }
 
 
-def make_run(folder: Path, model: Model, seed: int = 5, sequence: int = 64, tokenizer: str = "bytes") -> Path:
-    """A run of random parameters at step 0. Norms' scales and HGRN2's bounds are moved off their first values."""
-    config = Config(
-        name=folder.name,
-        output=str(folder.parent),
-        model=model,
-        data=Data(tokenizer=tokenizer),
-        train=Train(sequence=sequence),
-    )
+@functools.cache
+def _parameters(model: Model, seed: int) -> dict:
+    """Random ones. Norms' scales and HGRN2's bounds are moved off their first values."""
     params = jax.device_get(jax.jit(lambda: models.init(model, seed))())
     keys = iter(jax.random.split(jax.random.key(seed), 100))
 
@@ -38,9 +33,20 @@ def make_run(folder: Path, model: Model, seed: int = 5, sequence: int = 64, toke
             return jax.device_get(x + 0.3 * jax.random.normal(next(keys), x.shape) * x)
         return x
 
-    params = jax.tree_util.tree_map_with_path(moved, params)
+    return jax.tree_util.tree_map_with_path(moved, params)
+
+
+def make_run(folder: Path, model: Model, seed: int = 5, sequence: int = 64, tokenizer: str = "bytes") -> Path:
+    """A run of random parameters at step 0."""
+    config = Config(
+        name=folder.name,
+        output=str(folder.parent),
+        model=model,
+        data=Data(tokenizer=tokenizer),
+        train=Train(sequence=sequence),
+    )
     folder.mkdir(parents=True)
-    importing._write_run(folder, folder, config, params, {})
+    importing._write_run(folder, folder, config, _parameters(model, seed), {})
     return folder
 
 

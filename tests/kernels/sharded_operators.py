@@ -64,10 +64,14 @@ def compare(got, want):
 
 @pytest.mark.parametrize(
     ("mesh", "tokens", "kind"),
-    [(MESHES[0], 24, kind) for kind in ("none", "scalar", "phase", "vector", "tied")]
-    + [(MESHES[0], 8, kind) for kind in ("phase", "vector")]  # a token a device
+    [(MESHES[0], 24, kind) for kind in ("none", "scalar", "phase")]
+    + [(MESHES[0], 8, "vector")]  # a token a device
     + [(MESHES[0], 8 * 67, "tied")]  # more than a chunk, divided by nothing
     + [(MESHES[1], 70, "scalar"), (MESHES[2], 70, "tied"), (MESHES[3], 35, "phase")]
+    + [
+        pytest.param(MESHES[0], tokens, kind, marks=pytest.mark.slow)
+        for tokens, kind in ((24, "vector"), (24, "tied"), (8, "phase"))
+    ]
     + [
         pytest.param(mesh, 2 * 67 * mesh[2], kind, marks=pytest.mark.slow)
         for mesh in MESHES

@@ -20,6 +20,11 @@ def small(arch, **changes):
     return Model(arch=arch, **(sizes | changes))
 
 
+@functools.cache
+def parameters(model):
+    return models.init(model, 0)  # not compiled as a whole: most of its operations are the same in every architecture
+
+
 def tokens_of(model, batch, tokens, seed=0):
     return np.random.default_rng(seed).integers(model.vocab_size, size=(batch, tokens)).astype(np.int32)
 
@@ -30,12 +35,23 @@ def all_logits(model, params, tokens, segment_ids=None, cache=None):
     return models.logits(model, params, hidden), cache
 
 
+def batch_of(model, batch, tokens):
+    drawn, ones = tokens_of(model, batch, tokens + 1), np.ones((batch, tokens), np.int32)
+    return {"tokens": drawn[:, :-1], "labels": drawn[:, 1:], "segment_ids": ones, "weights": np.float32(ones)}
+
+
+@functools.cache
+def gradients(model):
+    """Of the loss of two rows of 64 tokens."""
+    return jax.jit(jax.grad(lambda p: models.loss(model, p, batch_of(model, 2, 64))[0]))(parameters(model))
+
+
 @pytest.mark.parametrize("arch", ARCHITECTURES)
 class TestEveryArchitecture:
     def test_decoding_equals_teacher_forcing(self, arch):
         """Prefill of 70 tokens, then one at a time; and one at a time from the first token."""
         model = small(arch)
-        params, tokens = models.init(model, 0), tokens_of(model, 2, 90)
+        params, tokens = parameters(model), tokens_of(model, 2, 90)
         want, _ = all_logits(model, params, tokens)
         for prefill in (70, 1):
             got, cache = all_logits(model, params, tokens[:, :prefill], cache=models.init_cache(model, 2, 90))
@@ -48,7 +64,7 @@ class TestEveryArchitecture:
 
     def test_later_tokens_change_no_earlier_logit(self, arch):
         model = small(arch)
-        params, tokens = models.init(model, 0), tokens_of(model, 1, 80)
+        params, tokens = parameters(model), tokens_of(model, 2, 90)
         changed = tokens.copy()
         changed[:, 66:] = (changed[:, 66:] + 1) % model.vocab_size
         before, _ = all_logits(model, params, tokens)
@@ -59,7 +75,7 @@ class TestEveryArchitecture:
     def test_documents_packed_together_do_not_touch(self, arch):
         """Each document of a packed row gives the logits it gives alone, and ignores changes to the others."""
         model = small(arch)
-        params, tokens = models.init(model, 0), tokens_of(model, 1, 120)
+        params, tokens = parameters(model), tokens_of(model, 1, 120)
         borders = (0, 7, 8, 64, 120)
         ids = np.searchsorted(borders, np.arange(120), side="right")[None]
         packed, _ = all_logits(model, params, tokens, ids)
@@ -71,50 +87,39 @@ class TestEveryArchitecture:
         np.testing.assert_array_equal(all_logits(model, params, changed, ids)[0][:, 8:], packed[:, 8:])
 
     def test_first_loss_is_log_vocabulary(self, arch):
+        """At the width and vocabulary where the loss of a model with wrongly scaled logits is far off, and at small ones."""
         for width, heads, vocabulary in ((32, 2, 264), (512, 4, 100_280)):
-            model = small(arch, width=width, heads=heads, vocab_size=vocabulary, init_std=0.02, ffn=2 * width)
-            params, tokens = jax.jit(lambda m=model: models.init(m, 0))(), tokens_of(model, 2, 65)
-            batch = {"tokens": tokens[:, :-1], "labels": tokens[:, 1:], "segment_ids": np.ones((2, 64), np.int32)}
-            nll, weight = jax.jit(functools.partial(models.loss, model))(
-                params, batch | {"weights": np.ones((2, 64), np.float32)}
-            )
+            sizes = {"layers": 2, "width": width, "heads": heads, "ffn": 2 * width, "vocab_size": vocabulary}
+            model = small(arch, init_std=0.02, softmax_every=2, **sizes)
+            nll, weight = jax.jit(functools.partial(models.loss, model))(models.init(model, 0), batch_of(model, 2, 64))
             assert abs(nll / weight / np.log(vocabulary) - 1) < 0.05
 
     def test_every_parameter_learns(self, arch):
         """A parameter with zero gradient is not connected. Layer 0 of HGRN2's bounds is 0 whatever its logits."""
-        model = small(arch)
-        params, tokens = models.init(model, 0), tokens_of(model, 2, 65)
-        batch = {
-            "tokens": tokens[:, :-1],
-            "labels": tokens[:, 1:],
-            "segment_ids": np.ones((2, 64), np.int32),
-            "weights": np.ones((2, 64), np.float32),
-        }
-        grads = jax.jit(jax.grad(lambda p: models.loss(model, p, batch)[0]))(params)
-        for path, g in jax.tree_util.tree_leaves_with_path(grads):
+        for path, g in jax.tree_util.tree_leaves_with_path(gradients(small(arch))):
             assert np.isfinite(g).all(), path
             assert np.abs(g).max() > 0, path
             if "layers" in jax.tree_util.keystr(path):
                 assert (np.abs(g).reshape(g.shape[0], -1).max(axis=1) > 0).all(), path
 
-    def test_remat_unroll_and_implementation_change_no_gradient(self, arch):
+    @pytest.mark.parametrize(
+        "changes",
+        [
+            {"remat": "full", "attention": "scan"},
+            {"remat": "dots", "unroll": 2},
+            *(pytest.param(c, marks=pytest.mark.slow) for c in ({"remat": "full"}, {"remat": "dots", "unroll": 3})),
+        ],
+        ids=str,
+    )
+    def test_remat_unroll_and_implementation_change_no_gradient(self, arch, changes):
         model = small(arch)
-        params, tokens = models.init(model, 0), tokens_of(model, 1, 40)
-        batch = {"tokens": tokens, "labels": tokens, "segment_ids": np.ones((1, 40), np.int32)}
-        batch["weights"] = np.ones((1, 40), np.float32)
-
-        def gradients(**changes):
-            changed = dataclasses.replace(model, **changes)
-            return jax.jit(jax.grad(lambda p: models.loss(changed, p, batch)[0]))(params)
-
-        want = gradients()
-        for changes in ({"remat": "full"}, {"remat": "dots", "unroll": 3}, {"attention": "scan"}):
-            for a, b in zip(jax.tree.leaves(want), jax.tree.leaves(gradients(**changes))):
-                np.testing.assert_allclose(b, a, rtol=1e-3, atol=1e-5 * np.abs(a).max(), err_msg=str(changes))
+        got = gradients(dataclasses.replace(model, **changes))
+        for a, b in zip(jax.tree.leaves(gradients(model)), jax.tree.leaves(got)):
+            np.testing.assert_allclose(b, a, rtol=1e-3, atol=1e-5 * np.abs(a).max(), err_msg=str(changes))
 
     def test_bfloat16_is_close(self, arch):
         model = small(arch)
-        params, tokens = models.init(model, 0), tokens_of(model, 2, 70)
+        params, tokens = parameters(model), tokens_of(model, 2, 90)
         want, _ = all_logits(model, params, tokens)
         got, _ = all_logits(dataclasses.replace(model, dtype="bfloat16"), params, tokens)
         assert np.sqrt(np.mean((got - want) ** 2)) < 0.05 * np.sqrt(np.mean(want**2))

@@ -45,7 +45,7 @@ def write_budgets(file, seed=0):
     return file
 
 
-COLUMNS = ["--n", "params", "--d", "tokens", "--loss", "loss", "--resamples", "60"]
+COLUMNS = ["--n", "params", "--d", "tokens", "--loss", "loss", "--resamples", "20"]
 
 
 @pytest.fixture(scope="module")

@@ -1,25 +1,10 @@
-"""Runs one_step.py in a process of its own, whose JAX has eight devices from its start."""
+"""Runs one_step.py on eight devices."""
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
-# Most of the time is compilation: machine code as it comes will do. Eight devices on a busy machine may wait for each
-# other longer than the 40 seconds after which XLA ends the process.
-FLAGS = (
-    "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0 "
-    "--xla_cpu_collective_call_terminate_timeout_seconds=600 --xla_cpu_collective_timeout_seconds=600"
-)
-
 
 @pytest.mark.parametrize("marked", ("not slow", pytest.param("slow", marks=pytest.mark.slow)))
-def test_on_eight_devices(marked):
-    env = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}
-    env |= {"XLA_FLAGS": f"{env.get('XLA_FLAGS', '')} {FLAGS}", "JAX_PLATFORMS": "cpu"}
-    file = Path(__file__).with_name("one_step.py")
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-m", marked, str(file)]
-    done = subprocess.run(command, env=env, cwd=file.parents[2], capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout + done.stderr
+def test_on_eight_devices(on_eight_devices, marked):
+    on_eight_devices(Path(__file__).with_name("one_step.py"), marked)

@@ -130,20 +130,20 @@ def test_policy_keeps_the_last_the_regular_and_the_named(make):
 def test_fork_goes_on_exactly_and_weights_begin_again(make, exact, tmp_path):
     """A fork with the parent's own config repeats the parent's last steps bit for bit; a cooldown only its data."""
     shape = {"train.steps": 12, "train.checkpoint_every": 4, "train.eval_count": 1}
-    parent = make("cosformer2", **shape, **{"train.checkpoint_keep_every": 4})
+    parent = make("tnl", **shape, **{"train.checkpoint_keep_every": 4})
     loop.train(parent)
     lines = exact(run_folder.of(parent))
     base = shape | {"output": tmp_path / "forks", "init.from_run": run_folder.of(parent), "init.step": 8}
-    loop.train(fork := make("cosformer2", **base))
+    loop.train(fork := make("tnl", **base))
     assert exact(run_folder.of(fork)) == [line for line in lines if line["step"] > 8]
 
     cooldown = {"optimizer.schedule": "wsd", "optimizer.decay_share": 0.4, "name": "cooldown"}
-    loop.train(make("cosformer2", **base | cooldown))
+    loop.train(make("tnl", **base | cooldown))
     ours = exact(run_folder.of(make(**cooldown | base)))
     assert ours[0]["step"] == 10 and ours[0]["tokens"] == 10 * 128 and ours[-2]["lr"] < 0.2 * lines[-2]["lr"]
 
     weights = {"init.weights_only": "true", "train.batch": 8, "name": "weights"}
-    loop.train(make("cosformer2", **base | weights))
+    loop.train(make("tnl", **base | weights))
     first = exact(run_folder.of(make(**base | weights)))[0]
     assert first["step"] == 2 and first["loss"] < lines[0]["loss"] - 0.5
 

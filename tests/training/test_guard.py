@@ -16,7 +16,7 @@ B, T, VOCAB = 4, 16, 40
 
 
 def config(**train):
-    model = Model(arch="hgrn2", layers=2, width=32, heads=2, ffn=48, vocab_size=VOCAB, dtype="float32")
+    model = Model(arch="tnl", layers=2, width=32, heads=2, ffn=48, vocab_size=VOCAB, dtype="float32")
     return Config(
         model=model,
         train=Train(**{"batch": B, "sequence": T, "steps": 10} | train),

@@ -49,7 +49,7 @@ def test_a_finished_run_returns_at_once(make, monkeypatch, capsys):
 @pytest.mark.parametrize("at, workers_after", ((3, 0), (7, 0), (25, 2)))
 def test_an_interrupted_run_continues_exactly(make, exact, tmp_path, monkeypatch, at, workers_after):
     """Before the first checkpoint, just after one, and later with another number of data workers."""
-    whole, broken = make("cosformer2"), make("cosformer2", output=tmp_path / "broken")
+    whole, broken = make("llama"), make("llama", output=tmp_path / "broken")
     loop.train(whole)
     honest = loop.record
 
@@ -64,7 +64,7 @@ def test_an_interrupted_run_continues_exactly(make, exact, tmp_path, monkeypatch
     monkeypatch.setattr(loop, "record", honest)
     with open(run_folder.of(broken) / "metrics.jsonl", "a") as file:
         file.write('{"step": 39, "loss": 1.0}\n{"step": 4')  # lines after the checkpoint, the last one torn
-    loop.train(make("cosformer2", output=tmp_path / "broken", **{"data.workers": workers_after}))
+    loop.train(make("llama", output=tmp_path / "broken", **{"data.workers": workers_after}))
     assert exact(run_folder.of(broken)) == exact(run_folder.of(whole))
 
 

@@ -77,8 +77,8 @@ def test_first_loss_is_that_of_guessing_and_numbers_are_golden(arch):
 @pytest.mark.parametrize("accumulation", (2, 4))
 def test_accumulation_changes_only_rounding(accumulation):
     """Loss, and the gradient as Adam's first moment holds it, in spite of padding that is uneven over micro-batches."""
-    whole, (whole_metrics,) = run(config("hgrn2"))
-    parts, (parts_metrics,) = run(config("hgrn2", accumulation))
+    whole, (whole_metrics,) = run(config())
+    parts, (parts_metrics,) = run(config(accumulation=accumulation))
     assert parts_metrics == pytest.approx(whole_metrics, rel=1e-5)
     for a, b in zip(jax.tree.leaves(whole.opt_state[1].mu), jax.tree.leaves(parts.opt_state[1].mu)):
         assert np.linalg.norm(a - b) < 1e-5 * np.linalg.norm(a)
