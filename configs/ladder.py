@@ -31,7 +31,7 @@ def get_config(rung: str):
 
     for field in ("arch", "layers", "width", "heads", "ffn", "vocab_size"):
         config.model[field] = getattr(model, field)
-    config.model.remat = "full" if size.startswith(("1b", "3b", "7b")) else "none"
+    config.model.remat = "full" if size.startswith(("1b", "3b", "7b")) else "auto"
 
     config.data.source = "text"
     config.data.tokenizer = "tiktoken:cl100k_base"  # 100,277 entries; the model's vocabulary is padded to 100,280

@@ -38,8 +38,10 @@ class Model:
     vocab_size: int = 264  # at least the tokenizer's
     tied: bool = True  # one matrix for input embedding and output head, as the paper; False: two
     dtype: str = "auto"  # auto | float32 | bfloat16: compute; auto is float32 on CPU, bfloat16 elsewhere
-    remat: str = "none"  # none | full | dots: what the backward pass recomputes
-    unroll: int = 1  # layers per step of the scan over layers
+    remat: str = "auto"  # auto | none | full | dots: what the backward pass recomputes; auto is dots on GPUs, else none
+    unroll: int = (
+        0  # layers per step of the loop over layers; 0: all on GPUs, where a loop copies what it keeps, else 1
+    )
     attention: str = "auto"  # auto | scan | chunked | pallas_tpu | pallas_gpu: linear attention implementation
     init_std: float = 0.02  # normal initialisation of matrices and embedding
     tnl_decay: str = "alibi"  # alibi (released code) | exponential (TNL paper, eq. 10)
@@ -228,7 +230,7 @@ def _check(c: Config) -> None:
     m, d, t, o = c.model, c.data, c.train, c.optimizer
     one_of("model.arch", m.arch, ARCHITECTURES)
     one_of("model.dtype", m.dtype, ("auto", "float32", "bfloat16"))
-    one_of("model.remat", m.remat, ("none", "full", "dots"))
+    one_of("model.remat", m.remat, ("auto", "none", "full", "dots"))
     one_of("model.attention", m.attention, ("auto", "scan", "chunked", "pallas_tpu", "pallas_gpu"))
     one_of("model.tnl_decay", m.tnl_decay, ("alibi", "exponential"))
     one_of("model.value_activation", m.value_activation, ("none", "silu"))
@@ -242,9 +244,9 @@ def _check(c: Config) -> None:
         ("heads", 2**20),
         ("ffn", 2**22),
         ("vocab_size", 2**24),
-        ("unroll", 10_000),
     ):
         within(f"model.{field}", getattr(m, field), 1, most)
+    within("model.unroll", m.unroll, 0, 10_000)
     within("model.rope_base", m.rope_base, 1.0, 1e12)
     at_least("model.init_std", m.init_std, 0)
     at_least("model.softmax_every", m.softmax_every, 2)

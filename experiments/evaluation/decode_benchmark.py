@@ -65,7 +65,7 @@ def _parser():
     add("--contexts", default="1024,4096,16384,65536")
     add("--tokens", type=int, default=64)
     add("--size", default="1b", help="of linscale/models/sizes.py, or tiny")
-    add("--unroll", type=int, default=1, help="layers a step of our scan over layers")
+    add("--unroll", type=int, default=0, help="layers a step of our loop over layers, 0: as config.model.unroll")
     add("--seconds", type=int, default=100, help="limit of a piece")
     add("--piece", help=argparse.SUPPRESS)
     return parser

@@ -139,11 +139,11 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     for name, default in {"layers": 24, "width": 1024, "ffn": 2560, "head-dim": 128, "vocab-size": 50_304}.items():
         parser.add_argument(f"--{name}", type=int, default=default)
-    sizes = {"batch": 16, "sequence": 2048, "steps": 10, "mean-document": 1024, "accumulation": 1, "unroll": 1}
+    sizes = {"batch": 16, "sequence": 2048, "steps": 10, "mean-document": 1024, "accumulation": 1, "unroll": 0}
     for name, default in sizes.items():
         parser.add_argument(f"--{name}", type=int, default=default)
     parser.add_argument("--tied", action=argparse.BooleanOptionalAction, default=False)
-    parser.add_argument("--remat", default="none")
+    parser.add_argument("--remat", default="auto")
     parser.add_argument("--attention", default="auto")
     parser.add_argument("--architectures", type=lambda s: s.split(","), default=ARCHITECTURES)
     parser.add_argument("--arch", help="measure this one in this process and print its JSON")

@@ -10,7 +10,7 @@ import time
 import jax
 
 from linscale import models, sharding
-from linscale.config import Config
+from linscale.config import Config, Model
 from linscale.launch import ahead, communication, estimate, hardware, hlo, roofline, traffic
 from linscale.launch import search as nearby
 from linscale.scaling import flops
@@ -138,7 +138,7 @@ def as_json(plan: Plan) -> dict:
 def search(config: Config, topology: hardware.Topology, tries: int, tell=lambda sentence: None) -> list[Plan]:
     """Plans in the order of the tries; the last one fits, or none does. ConfigError for what cannot work, before any
     compile."""
-    config = dataclasses.replace(config, model=dataclasses.replace(config.model, dtype=_dtype(config)))
+    config = dataclasses.replace(config, model=_decided(config.model, topology))
     mesh = sharding.sizes(config.mesh, topology.devices)
     sharding.check(config, topology.devices)
     devices = ahead.devices(topology)  # before jax begins
@@ -160,8 +160,11 @@ def search(config: Config, topology: hardware.Topology, tries: int, tell=lambda 
     return nearby.nearest(config, mesh, attempt, estimated, topology.chip.hbm, tries)
 
 
-def _dtype(config: Config) -> str:
-    return "bfloat16" if config.model.dtype == "auto" else config.model.dtype
+def _decided(model: Model, topology: hardware.Topology) -> Model:
+    """What "auto" becomes on those chips. The loop over layers stays one: its program is the same, and sooner compiled."""
+    dtype = "bfloat16" if model.dtype == "auto" else model.dtype
+    remat = ("none" if topology.chip.maker == "tpu" else "dots") if model.remat == "auto" else model.remat
+    return dataclasses.replace(model, dtype=dtype, remat=remat)
 
 
 def changes(before: Plan, after: Plan) -> dict[str, object]:

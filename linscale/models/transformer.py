@@ -91,6 +91,7 @@ class Transformer(nnx.Module):
     def _run_layers(self, x_BTD, segment_ids_BT, cache):
         position = 0 if cache is None else cache["position"]
         start = None if cache is None else cache.get("start")
+        unroll = _unroll(self.model, prefill=cache is not None and x_BTD.shape[1] > 1)
         layer_of, stacks, caches = {}, {}, {}
         for kind, at in layer_indices(self.model).items():
             graphdef, params = nnx.split(self.layers[kind])
@@ -113,21 +114,27 @@ class Transformer(nnx.Module):
                 x_BTD, caches = block(x_BTD, layer=layer, cache=cache, **context)
                 return (sharding.constrain(x_BTD, "batch", "sequence", None), caches), None
 
-            layer_of[kind] = _remat(one_layer, self.model.remat, self.model.unroll >= len(at))
+            layer_of[kind] = _remat(one_layer, self.model.remat, unroll >= len(at))
 
         def run(kind, x_BTD, caches, xs):
-            unroll = min(self.model.unroll, xs[1].shape[0])
-            (x_BTD, new), _ = jax.lax.scan(layer_of[kind], (x_BTD, caches[kind]), xs, unroll=unroll)
+            at_once = min(unroll, xs[1].shape[0])
+            (x_BTD, new), _ = jax.lax.scan(layer_of[kind], (x_BTD, caches[kind]), xs, unroll=at_once)
             return x_BTD, caches | {kind: new}
 
         runs = period(self.model)
         if len(runs) == 1:
             kind = runs[0][0]
             return run(kind, x_BTD, caches, stacks[kind])
-        return _run_periods(run, runs, stacks, x_BTD, caches, self.model)
+        return _run_periods(run, runs, stacks, x_BTD, caches, self.model, unroll)
 
 
-def _run_periods(run, runs, stacks, x_BTD, caches, model):
+def _unroll(model: Model, prefill: bool) -> int:
+    """Layers in the body of the loop. Prompts of many lengths are compiled: they keep the short program."""
+    all_of_them = jax.default_backend() == "gpu" and not prefill
+    return model.unroll or (model.layers if all_of_them else 1)
+
+
+def _run_periods(run, runs, stacks, x_BTD, caches, model, unroll):
     """Whole periods in a scan, each run of equal layers in a scan of its own; the layers left over come last."""
     periods = model.layers // sum(count for _, count in runs)
     counts = dict(runs)
@@ -144,7 +151,7 @@ def _run_periods(run, runs, stacks, x_BTD, caches, model):
 
     carry = x_BTD, caches
     if periods:
-        carry, _ = jax.lax.scan(one_period, carry, whole)
+        carry, _ = jax.lax.scan(one_period, carry, whole, unroll=max(1, min(periods, unroll * periods // model.layers)))
     for kind, _ in runs:
         if kind in rest and rest[kind][1].shape[0]:
             carry = run(kind, *carry, rest[kind])
@@ -180,6 +187,8 @@ def _stack(model, kind, layers, rngs):
 
 
 def _remat(one_layer, policy: str, unrolled: bool):
+    if policy == "auto":
+        policy = "dots" if jax.default_backend() == "gpu" else "none"
     if policy == "none":
         if not sharding.gathers():
             return one_layer

@@ -21,7 +21,7 @@ OUT_OF_RANGE = {
     "model.heads=0": "0", "model.heads=5": "divisor", "model.heads=64": "divisor",
     "model.ffn=0": "0", "model.vocab_size=0": "0", "model.vocab_size=100": "257",
     "model.vocab_size=9999999999999": "9999999999999",
-    "model.dtype=float16": "'bfloat16'", "model.remat=some": "'full'", "model.unroll=0": "0",
+    "model.dtype=float16": "'bfloat16'", "model.remat=some": "'full'", "model.unroll=-1": "-1",
     "model.attention=flash": "'chunked'", "model.init_std=-0.1": "-0.1", "model.init_std=nan": "nan",
     "model.init_std=inf": "inf", "model.tnl_decay=linear": "'alibi'", "model.value_activation=relu": "'silu'",
     "model.hgrn2_query_activation=relu": "'silu'", "model.rope_base=0": "0", "model.rope_base=-1": "-1",

@@ -18,7 +18,7 @@ class Tried:
 
 def config(**train):
     one = Config(train=dataclasses.replace(Config().train, batch=32, **train))
-    return dataclasses.replace(one, model=dataclasses.replace(one.model, heads=4))
+    return dataclasses.replace(one, model=dataclasses.replace(one.model, heads=4, remat="none"))
 
 
 def memory(config, mesh):
