@@ -25,6 +25,7 @@ from linscale.kernels.linear_attention import (
     pallas_gpu_scalar_backward,
     pallas_gpu_vector,
     pallas_gpu_vector_backward,
+    pallas_gpu_vector_states,
 )
 
 MODULES = (
@@ -34,6 +35,7 @@ MODULES = (
     pallas_gpu_scalar_backward,
     pallas_gpu_vector,
     pallas_gpu_vector_backward,
+    pallas_gpu_vector_states,
 )
 PATIENCE = 60  # seconds
 _here = threading.local()

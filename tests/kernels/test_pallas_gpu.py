@@ -143,7 +143,7 @@ class TestOnTheDevice:
     def test_spans(self, kind):
         tokens = 2100
         assert pallas_gpu.choose_spans(6, tokens) > 1
-        assert pallas_gpu.choose_spans(6, tokens, split=2, whole=1) > 1
+        assert pallas_gpu.choose_spans(6, tokens, **pallas_gpu.MORE_THAN_MEMORY) > 1
         arrays, ids = shared.draw(13, tokens, kind, segments=True)
         shared.compare("pallas_gpu", arrays, ids, 5e-3, dtype=jnp.bfloat16)
 

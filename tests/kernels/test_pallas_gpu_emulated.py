@@ -67,6 +67,7 @@ def draw(kind, tokens, **kw):
         ("scalar", 2, False, False),
         ("phase", 1, True, False),
         ("phase", 1, False, False),
+        ("phase", 2, True, False),
         ("vector/1", 1, True, False),
         ("vector/0.1", 2, False, True),
         ("vector/10", 2, True, False),
@@ -82,4 +83,4 @@ def test_values_states_and_gradients(kind, spans, segments, tied, monkeypatch):
 @pytest.mark.parametrize("tokens", (1, 63, 64, 65, 500))
 def test_lengths(kind, tokens, monkeypatch):
     arrays, ids = draw(kind, tokens, segments=tokens > 64)
-    compare(arrays, ids, 1 if kind == "phase" or tokens < 65 else 2, monkeypatch)
+    compare(arrays, ids, 1 if tokens < 65 else 2, monkeypatch)
