@@ -29,7 +29,6 @@ from linscale.kernels.linear_attention.pallas_gpu_scalar import (
     call,
     iota,
     load,
-    load_global,
     ring,
     tiles,
 )
@@ -85,7 +84,7 @@ def _sweep(q, k, v, table, turn, initial, docs, spans, reverse, stages, make):
         def _compute():
             plgpu.set_max_registers(240, action="increase")
             if start_state:
-                X, Y = (load_global(initial_g.at[b, span, h, part, :, mine]) for part in range(2))
+                X, Y = (rows.load_state(initial_g.at[b, span, h, part, :, mine], (height, half)) for part in range(2))
             else:
                 X, Y = (plgpu.layout_cast(jnp.zeros((height, half), F32), ROWS) for _ in range(2))
             x_s.at[wg][...] = X.astype(BF)

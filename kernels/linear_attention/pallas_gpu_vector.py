@@ -27,7 +27,6 @@ from linscale.kernels.linear_attention.pallas_gpu_scalar import (
     along_rows,
     call,
     load,
-    load_global,
     ring,
 )
 
@@ -98,7 +97,7 @@ def forward(q, k, v, log_decay, initial, *, spans=1, save=False, stages=2):
             plgpu.set_max_registers(232, action="increase")
             values = pl.ds(wg * half, half)
             if start_state:
-                S = load_global(initial_g.at[b, span, h, :, values])
+                S = rows.load_state(initial_g.at[b, span, h, :, values], (K, half))
             else:
                 S = plgpu.layout_cast(jnp.zeros((K, half), F32), ROWS)
             s_s.at[wg][...] = S.astype(BF)

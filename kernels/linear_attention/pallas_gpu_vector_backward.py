@@ -44,7 +44,6 @@ from linscale.kernels.linear_attention.pallas_gpu_scalar import (
     along_rows,
     call,
     load,
-    load_global,
     ring,
 )
 from linscale.kernels.linear_attention.pallas_gpu_scalar import tiles as wide_tiles
@@ -95,7 +94,7 @@ def carry(q, k, do, log_decay, scores, after, *, spans=1, stages=2):
         def _compute():
             plgpu.set_max_registers(232, action="increase")
             values = pl.ds(wg * half, half)
-            D = load_global(after_g.at[b, span, h, :, values]) if end_state else constant(0.0, (K, half))
+            D = rows.load_state(after_g.at[b, span, h, :, values], (K, half)) if end_state else constant(0.0, (K, half))
             d_s.at[wg][...] = D.astype(BF)
             plgpu.commit_smem()
             plgpu.barrier_arrive(free)
