@@ -79,8 +79,11 @@ def compile_share(args, share, shares):
 
     def compile_only(self, *positional, **named):
         self.nargs = dict(zip(self.arg_names, positional))
-        for config in self.prune_configs(named):
-            if zlib.crc32(f"{self.base_fn.__name__}{config}".encode()) % shares == share:
+        offset = zlib.crc32(
+            self.base_fn.__name__.encode()
+        )  # kernels with few programs do not all fall to the first process
+        for n, config in enumerate(self.prune_configs(named)):
+            if (n + offset) % shares == share:
                 try:
                     self.fn.run(*positional, **{**named, **config.all_kwargs(), "warmup": True})
                 except Exception as e:  # tuning will meet it too, and pass on
