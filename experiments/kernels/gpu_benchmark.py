@@ -17,6 +17,7 @@ other process of this program has begun.
 """
 
 import argparse
+import importlib.util
 import json
 import os
 import signal
@@ -228,7 +229,10 @@ def main():
         time.sleep(0.2)
     if args.softmax:
         working.append(begin("gpu_benchmark.py", "--worker", "softmax", *lists))
-    if not args.no_peer:
+    missing = [n for n in ("torch", "triton", "fla") if importlib.util.find_spec(n) is None]
+    if missing and not args.no_peer:
+        print(f"without fla: {', '.join(missing)} not installed", flush=True)
+    elif not args.no_peer:
         peers = [k for k in args.kinds if k != "phase"]
         for share in range(args.compilers):
             begin("gpu_benchmark_peer.py", "--compile", f"{share}/{args.compilers}", "--kinds", ",".join(peers))
