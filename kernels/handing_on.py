@@ -9,7 +9,7 @@ import jax.numpy as jnp
 
 
 def hand_on(added, factor, initial, axis: str, advance, join):
-    """The states before and after every device's span, inside jax.shard_map.
+    """The states before and after every device's span, inside jax.shard_map (or jax.vmap with an axis name).
 
     Args:
       added: [B,...] the state that this device's span leaves when it starts from zero.
@@ -26,8 +26,7 @@ def hand_on(added, factor, initial, axis: str, advance, join):
 
     def from_earlier(x, distance):
         """x of the device so many before this one; zeros where there is none."""
-        pairs = [(i, i + distance) for i in range(devices - distance)]
-        return jax.tree.map(lambda a: jax.lax.ppermute(a, axis, pairs), x)
+        return jax.tree.map(lambda a: jnp.where(index >= distance, _from_before(a, axis, distance), 0), x)
 
     state = added
     if initial is not None:
@@ -44,6 +43,11 @@ def hand_on(added, factor, initial, axis: str, advance, join):
     return before, jax.lax.psum(jnp.where(index == devices - 1, state, 0), axis)
 
 
+def _from_before(x, axis, distance):
+    devices = jax.lax.axis_size(axis)
+    return jax.lax.ppermute(x, axis, [(i, (i + distance) % devices) for i in range(devices)])
+
+
 def documents(segment_ids, axis: str):
     """Where documents lie in this device's span, from its part [B,T] of the segment ids.
 
@@ -52,8 +56,8 @@ def documents(segment_ids, axis: str):
       reaches [B,T]: no document begins after the token, so that it reaches the span's end.
       survives [B]: no document begins in the span at all: the state before it passes.
     """
-    devices, index = jax.lax.axis_size(axis), jax.lax.axis_index(axis)
-    last_of_previous = jax.lax.ppermute(segment_ids[:, -1], axis, [(i, i + 1) for i in range(devices - 1)])
+    index = jax.lax.axis_index(axis)
+    last_of_previous = _from_before(segment_ids[:, -1], axis, 1)
     begins = (segment_ids[:, 0] != last_of_previous) & (index > 0)
     starts = jnp.pad(segment_ids[:, 1:] != segment_ids[:, :-1], ((0, 0), (1, 0)))
     begun = jnp.cumsum(starts, axis=1)

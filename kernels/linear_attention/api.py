@@ -11,6 +11,7 @@ import jax.numpy as jnp
 
 from linscale.kernels.axes import Axes, mesh_for
 from linscale.kernels.linear_attention import chunked, context_parallel, pallas_gpu, pallas_tpu, reference
+from linscale.kernels.remat import kept
 
 _IMPLEMENTATIONS = {
     "scan": reference.scan,
@@ -84,7 +85,8 @@ def linear_attention(
     serving = [n for n, reason in refusals.items() if reason is None]
     name = implementation or ("chunked" if not serving or _partitioned(q) else serving[0])
     _announce(name, "phase" if phase is not None else _decay_kind(log_decay))
-    return _IMPLEMENTATIONS[name](q, k, v, log_decay, phase, initial_state, segment_ids)
+    out, state = _IMPLEMENTATIONS[name](q, k, v, log_decay, phase, initial_state, segment_ids)
+    return kept(out), state
 
 
 def linear_attention_step(

@@ -15,8 +15,9 @@ import jax.numpy as jnp
 from jax.custom_derivatives import SymbolicZero
 
 from linscale.kernels.linear_attention import chunked, pallas_gpu_phase
-from linscale.kernels.linear_attention.pallas_gpu_spans import MORE_THAN_MEMORY, chain, choose_spans, chunks_of_a_span
+from linscale.kernels.linear_attention.pallas_gpu_spans import chain, choose_spans, chunks_of_a_span
 from linscale.kernels.linear_attention.reference import document_starts
+from linscale.kernels.remat import kept
 
 CHANNELS = (64, 128)
 
@@ -47,16 +48,10 @@ def on_hopper() -> bool:
 
 
 def pallas_gpu(q, k, v, log_decay, phase, initial_state, segment_ids):
-    """Arguments and results as `api.linear_attention`."""
-    if phase is None:
-        return _any_shape(q, k, v, log_decay, None, initial_state, segment_ids)
-    fixed = jax.lax.stop_gradient(phase)
-    out, state = _any_shape(q, k, v, None, fixed, initial_state, segment_ids)
-    return pallas_gpu_phase.learn(out, state, phase, q, k, v, initial_state, segment_ids)
+    """Arguments and results as `api.linear_attention`.
 
-
-def _any_shape(q, k, v, log_decay, phase, initial_state, segment_ids):
-    """The kernels are written for 128 channels and tokens in eights; the copies cost time, not exactness."""
+    The kernels are written for 128 channels and tokens in eights; the copies cost time, not exactness.
+    """
     tokens, K, V = q.shape[1], q.shape[-1], v.shape[-1]
     widen = lambda x, to: _pad(x, [(0, 0), (0, -tokens % 8), (0, 0), (0, to - x.shape[-1])])  # noqa: E731
     q, v = widen(q, 128), widen(v, 128)
@@ -70,9 +65,9 @@ def _any_shape(q, k, v, log_decay, phase, initial_state, segment_ids):
         segment_ids = _pad(segment_ids, [(0, 0), (0, -tokens % 8)], mode="edge")
     if phase is not None:
         phase = _pad(phase, [(0, 0), (0, 128 - K)])
-        spans = choose_spans(q.shape[0] * q.shape[2], q.shape[1], **MORE_THAN_MEMORY)
+        spans = choose_spans("phase", q.shape[0] * q.shape[2], q.shape[1])
         docs = _documents(segment_ids, q, spans)
-        out, state = pallas_gpu_phase.on_chip(tokens, spans, q, k, v, phase, initial_state, docs)
+        out, state = pallas_gpu_phase.on_chip(tokens, spans, q, k, v, phase, initial_state, segment_ids, docs)
         state = state.reshape(*state.shape[:2], 2, 128, 128)[..., :K, :V]
         return out[:, :tokens, :, :V], state.reshape(*state.shape[:2], 2 * K, V)
     if log_decay is None:
@@ -103,16 +98,17 @@ def _vector_values(q, k, v, log_decay, initial_state, save):
     from linscale.kernels.linear_attention.pallas_gpu_vector import forward
     from linscale.kernels.linear_attention.pallas_gpu_vector_states import states
 
-    spans = choose_spans(q.shape[0] * q.shape[2], q.shape[1], **MORE_THAN_MEMORY)
+    spans = choose_spans("vector", q.shape[0] * q.shape[2], q.shape[1])
     before = None if initial_state is None else initial_state[:, None]
     if spans > 1:
         before = chain(initial_state, *states(k, v, log_decay, spans=spans))
-    out, after, *kept = forward(q, k, v, log_decay, before, spans=spans, save=save)
-    return out, after[:, -1], kept
+    out, after, *saved = forward(q, k, v, log_decay, before, spans=spans, save=save)
+    return out, after[:, -1], saved
 
 
 def _vector_forward(q, k, v, log_decay, initial_state):
-    out, after, (states, scores) = _vector_values(q, k, v, log_decay, initial_state, save=True)
+    out, after, saved = _vector_values(q, k, v, log_decay, initial_state, save=True)
+    states, scores = kept(saved)
     return (out, after), (q, k, v, log_decay, states, scores, None if initial_state is None else ())
 
 
@@ -122,7 +118,7 @@ def _vector_backward(residuals, cotangents):
 
     q, k, v, log_decay, states, scores, given = residuals
     d_out, d_state = cotangents
-    spans = choose_spans(q.shape[0] * q.shape[2], q.shape[1], **MORE_THAN_MEMORY)
+    spans = choose_spans("vector", q.shape[0] * q.shape[2], q.shape[1])
     d_after = d_state[:, None]
     if spans > 1:
         d_after = chain(d_state, *span_states(q, d_out, log_decay, spans=spans, reverse=True), reverse=True)
@@ -144,7 +140,7 @@ def _scalar_values(tokens, q, k, v, log_decay, initial_state, segment_ids):
     from linscale.kernels.linear_attention import pallas_gpu_scalar as kernels
 
     rate = _rate(log_decay)
-    spans = choose_spans(q.shape[0] * q.shape[2], q.shape[1])
+    spans = choose_spans("scalar", q.shape[0] * q.shape[2], q.shape[1])
     docs = _documents(segment_ids, q, spans)
     before = None if initial_state is None else initial_state[:, None]
     if spans > 1:
@@ -160,7 +156,7 @@ def _scalar_forward(tokens, *args):
     )
     learned = args[3].perturbed
     out, state, before = _scalar_values(tokens, q, k, v, log_decay, initial_state, segment_ids)
-    return (out, state), (q, k, v, log_decay, initial_state, segment_ids, before, () if learned else None)
+    return (out, state), (q, k, v, log_decay, initial_state, segment_ids, kept(before), () if learned else None)
 
 
 def _scalar_backward(tokens, residuals, cotangents):
@@ -172,7 +168,7 @@ def _scalar_backward(tokens, residuals, cotangents):
     d_out = jnp.zeros(v.shape, v.dtype) if isinstance(d_out, SymbolicZero) else d_out.astype(v.dtype)
     d_state = None if isinstance(d_state, SymbolicZero) else d_state
     rate = _rate(log_decay)
-    spans = choose_spans(q.shape[0] * q.shape[2], q.shape[1])
+    spans = choose_spans("scalar", q.shape[0] * q.shape[2], q.shape[1])
     docs = _documents(segment_ids, q, spans)
 
     turned = None if before is None else jnp.swapaxes(before, -1, -2)
@@ -232,7 +228,7 @@ def _survival(rate, docs, tokens, spans):
     """What is left of a state across each span: [B or 1,N,H]."""
     length = chunks_of_a_span(tokens, spans) * 64
     here = jnp.clip(tokens - length * jnp.arange(spans), 0, length).astype(jnp.float32)
-    kept = jnp.exp2(rate * here[:, None])[None]
+    left = jnp.exp2(rate * here[:, None])[None]
     if docs is not None:
-        kept = kept * docs[:, :, 4, 0].reshape(docs.shape[0], spans, -1).min(-1)[..., None]
-    return kept
+        left = left * docs[:, :, 4, 0].reshape(docs.shape[0], spans, -1).min(-1)[..., None]
+    return left

@@ -13,26 +13,29 @@ from jax.custom_derivatives import SymbolicZero
 
 from linscale.kernels.linear_attention import chunked
 from linscale.kernels.linear_attention.pallas_gpu_spans import chain, chunks_of_a_span
+from linscale.kernels.linear_attention.reference import document_starts
+from linscale.kernels.remat import kept
 
 C = 64
 SURVIVES = 4  # the row of docs
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def on_chip(tokens, spans, q, k, v, phase, initial_state, docs):
+def on_chip(tokens, spans, q, k, v, phase, initial_state, segment_ids, docs):
     """out and the state after `tokens` tokens, by one block of threads a head and span; docs as in pallas_gpu_scalar or
     None.
 
     The kernels hold the state as cosines X and minus sines Y of the angles to each chunk's end.
     """
-    return _on_chip_forward(tokens, spans, q, k, v, phase, initial_state, docs)[0]
+    return _on_chip_forward(tokens, spans, q, k, v, phase, initial_state, segment_ids, docs)[0]
 
 
 def _on_chip_forward(tokens, spans, *args):
     from linscale.kernels.linear_attention.pallas_gpu_phase_kernels import turned_keys, turned_states
 
+    learned = () if getattr(args[3], "perturbed", False) else None
     args = jax.tree.map(lambda x: getattr(x, "value", x), args, is_leaf=lambda x: hasattr(x, "perturbed"))
-    q, k, v, phase, initial_state, docs = args
+    q, k, v, phase, initial_state, _, docs = args
     factors, start = _tables(phase), None
     if initial_state is not None:
         start = jnp.stack(
@@ -45,13 +48,13 @@ def _on_chip_forward(tokens, spans, *args):
     out, state = turned_keys(q, k, v, *factors, start, docs, spans=spans)
     x, y = state[:, -1, :, 0], state[:, -1, :, 1]
     cos, sin = _angle(phase, _past_the_end(tokens, spans))
-    return (out, jnp.concatenate([cos * x - sin * y, -cos * y - sin * x], axis=2)), (*args, start)
+    return (out, jnp.concatenate([cos * x - sin * y, -cos * y - sin * x], axis=2)), (*args, kept(start), learned)
 
 
 def _on_chip_backward(tokens, spans, residuals, cotangents):
     from linscale.kernels.linear_attention.pallas_gpu_phase_kernels import turned_keys, turned_states, turned_values
 
-    q, k, v, phase, initial_state, docs, start = residuals
+    q, k, v, phase, initial_state, segment_ids, docs, start, learned = residuals
     d_out, d_state = cotangents
     d_out = jnp.zeros(v.shape, v.dtype) if isinstance(d_out, SymbolicZero) else d_out.astype(v.dtype)
     end = None
@@ -62,19 +65,47 @@ def _on_chip_backward(tokens, spans, residuals, cotangents):
     turned = lambda x: None if x is None else jnp.swapaxes(x, -1, -2)  # noqa: E731
     table, turn = _tables(phase)
     backwards = table[:, :, ::-1], turn
+    sines = learned is not None and initial_state is None and end is None
     if spans == 1:
         end = None if end is None else end[:, None]
     else:
         added = turned_states(q, d_out, *backwards, docs, spans=spans, reverse=True)
         end = _chain_turned(end, added, tokens, phase, docs, reverse=True)
-    dq, _ = turned_values(d_out, v, k, table, turn, turned(start), docs, spans=spans)
-    dk, _ = turned_values(v, d_out, q, *backwards, turned(end), docs, spans=spans, reverse=True)
+    asked = {"spans": spans, "sines": sines}
+    dq, _, *q_sines = turned_values(d_out, v, k, table, turn, turned(start), docs, **asked)
+    dk, _, *k_sines = turned_values(v, d_out, q, *backwards, turned(end), docs, reverse=True, **asked)
     dv, before = turned_keys(k, q, d_out, *backwards, end, docs, spans=spans, reverse=True)
     d_initial = None
     if initial_state is not None:
         (cos, sin), x, y = _angle(phase, 1), before[:, 0, :, 0], before[:, 0, :, 1]
         d_initial = jnp.concatenate([cos * x + sin * y, cos * y - sin * x], axis=2)
-    return dq, dk, dv, None, d_initial, None
+    d_phase = None
+    if sines:
+        d_phase = _phase_gradient(q, k, *q_sines, *k_sines, segment_ids)
+    elif learned is not None:
+        q, k, v, d_out = (x[:, :tokens] for x in (q, k, v, d_out))
+        ids = None if segment_ids is None else segment_ids[:, :tokens]
+        cotangents = d_out, None if isinstance(d_state, SymbolicZero) else d_state
+        d_phase = _phase_gradient_by_xla(phase, q, k, v, initial_state, ids, cotangents)
+    return dq, dk, dv, d_phase, d_initial, None, None
+
+
+def _phase_gradient(q, k, q_sines, k_sines, segment_ids):
+    """[H,K] float32, without states before and after.
+
+    Of cos((t-s) theta) the derivative is -(t-s) sin((t-s) theta): t times what dq would be with sines, and s times what
+    dk would be. Only t-s counts, so that each document may count its tokens from its own middle, which rounds least.
+    """
+    t_BT = jnp.arange(q.shape[1], dtype=jnp.float32)[None]
+    first, last = 0, q.shape[1] - 1
+    if segment_ids is not None:
+        starts = document_starts(segment_ids, q)
+        ends = jnp.pad(starts[:, 1:], ((0, 0), (0, 1)), constant_values=True)
+        first = jax.lax.cummax(jnp.where(starts, t_BT, 0), axis=1)
+        last = jax.lax.cummin(jnp.where(ends, t_BT, jnp.inf), axis=1, reverse=True)
+    t_BT = t_BT - (first + last) / 2
+    q, k, q_sines, k_sines = (x.astype(jnp.float32) for x in (q, k, q_sines, k_sines))
+    return jnp.sum(t_BT[..., None, None] * (k * k_sines - q * q_sines), axis=(0, 1))
 
 
 on_chip.defvjp(_on_chip_forward, _on_chip_backward, symbolic_zeros=True)
@@ -89,13 +120,13 @@ def _chain_turned(state, added, tokens, phase, docs, reverse=False):
     """The state before each span [B,N,H,2,K,V] (with `reverse` after it); a state X + iY is turned by e^-i angle."""
     spans = added.shape[1]
     cos, sin = _angle(phase, chunks_of_a_span(tokens, spans) * C)
-    kept = (cos - 1j * sin)[None, None, :, :, 0]  # [1,1,H,K]
+    left = (cos - 1j * sin)[None, None, :, :, 0]  # [1,1,H,K]
     if docs is not None:
         survives = docs[:, :, SURVIVES, 0].reshape(docs.shape[0], spans, -1).min(-1)
-        kept = kept * survives[..., None, None]
-    kept = jnp.broadcast_to(kept, (kept.shape[0], spans, *kept.shape[2:]))
+        left = left * survives[..., None, None]
+    left = jnp.broadcast_to(left, (left.shape[0], spans, *left.shape[2:]))
     whole = lambda x: None if x is None else jax.lax.complex(x[..., 0, :, :], x[..., 1, :, :])  # noqa: E731
-    states = chain(whole(state), whole(added), kept, reverse=reverse)
+    states = chain(whole(state), whole(added), left, reverse=reverse)
     return jnp.stack([states.real, states.imag], axis=-3)
 
 
@@ -140,32 +171,10 @@ def _features(phase_HK, tokens, first=1):
     return jnp.cos(angle)[None], jnp.sin(angle)[None]
 
 
-@functools.partial(jax.custom_vjp)
-def learn(out, state, phase, q, k, v, initial_state, segment_ids):
-    """(out, state), through which alone the gradient of phase flows: by XLA, and only where it is asked for."""
-    return out, state
-
-
-def _learn_forward(*args):
-    out, state, *rest = jax.tree.map(lambda x: x.value, args, is_leaf=lambda x: hasattr(x, "perturbed"))
-    return (out, state), rest if args[2].perturbed else None
-
-
-def _learn_backward(residuals, cotangents):
-    d_out, d_state = cotangents
-    d_phase = None
-    if residuals is not None:
-        phase, q, k, v, initial_state, segment_ids = residuals
-        q, k, v = (x.astype(jnp.float32) for x in (q, k, v))  # in bfloat16 the gradient of phase is off by 1e-2
-        run = lambda p: chunked.chunked(q, k, v, None, p, initial_state, segment_ids)  # noqa: E731
-        outputs, pullback = jax.vjp(run, phase)
-        (d_phase,) = pullback(tuple(_dense(d, x) for d, x in zip(cotangents, outputs)))
-    d_out, d_state = (None if isinstance(d, SymbolicZero) else d for d in (d_out, d_state))
-    return d_out, d_state, d_phase, None, None, None, None, None
-
-
-learn.defvjp(_learn_forward, _learn_backward, symbolic_zeros=True)
-
-
-def _dense(d, like):
-    return jnp.zeros(like.shape, like.dtype) if isinstance(d, SymbolicZero) else d.astype(like.dtype)
+def _phase_gradient_by_xla(phase, q, k, v, initial_state, segment_ids, cotangents):
+    """[H,K] float32; cotangents of out and state, None for zero."""
+    q, k, v = (x.astype(jnp.float32) for x in (q, k, v))  # in bfloat16 the gradient of phase is off by 1e-2
+    run = lambda p: chunked.chunked(q, k, v, None, p, initial_state, segment_ids)  # noqa: E731
+    outputs, pullback = jax.vjp(run, phase)
+    dense = [jnp.zeros_like(x) if d is None else d.astype(x.dtype) for d, x in zip(cotangents, outputs)]
+    return pullback(tuple(dense))[0]

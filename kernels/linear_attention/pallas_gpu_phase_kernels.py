@@ -7,9 +7,12 @@ head, the same for all chunks, and from chunk to chunk the state is turned by a 
 Two kernels serve values and all gradients, each walking the sequence either way:
 - `turned_keys`: out_t = sum_s (sum_c q_tc k_sc cos((t-s) theta_c)) v_s. Forward; backwards in time with (k, q, do): dv.
 - `turned_values`: out_tc = sum_s (a_t . b_s) w_sc cos((t-s) theta_c). With (do, v, k): dq; backwards with (v, do, q): dk.
+  If asked, the same with sines as well, of which the gradient of theta is made.
 
 Letters: B batch, T tokens, H heads, K channels that have a phase, V channels that have none, C tokens of a chunk.
 """
+
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -52,11 +55,12 @@ def _causal(scores, reverse, doc_s):
     return scores.astype(BF)
 
 
-def _sweep(q, k, v, table, turn, initial, docs, spans, reverse, stages, make):
+def _sweep(q, k, v, table, turn, initial, docs, spans, reverse, stages, make, sines=False):
     """What both kernels share: arguments, the ring of q, k, v, the state in two parts X, Y and its turning.
 
     make(refs, barriers, warpgroup, (X, Y), reverse, release) -> out, X, Y of one chunk, X and Y not turned yet; it calls
-    `release` once it has work running, to give back the place of the output before.
+    `release` once it has work running, to give back the place of the output before. With `sines` it returns (out, the
+    same with sines) for out.
     """
     B, T, H, _ = q.shape
     keys_turn = make is _keys_chunk
@@ -73,6 +77,7 @@ def _sweep(q, k, v, table, turn, initial, docs, spans, reverse, stages, make):
         initial_g = refs.pop(0) if start_state else None
         docs_g = refs.pop(0) if documents else None
         o_g, final_g = refs.pop(0), refs.pop(0)
+        sine_g = refs.pop(0) if sines else None
         q_s, k_s, v_s, x_s, y_s, cos_s, sin_s, *more_s, turn_s, full, empty, tables, ready, free, docs_s = (
             *refs,
             *([None] if not documents else []),
@@ -116,11 +121,17 @@ def _sweep(q, k, v, table, turn, initial, docs, spans, reverse, stages, make):
                 at = pl.ds(0, height) if keys_turn else mine
                 cos, sin = (_across(turn_s.at[part, at], (height, half), along) for part in range(2))
                 X, Y = X * cos + Y * sin, Y * cos - X * sin
+                if sines:  # its place is read no more in this chunk
+                    out, sine = out
+                    sine_s = more_s[0].at[zero, wg]
+                    sine_s[...] = sine.astype(BF)
                 v_s.at[slot, wg][...] = out.astype(BF)
                 x_s.at[wg][...] = X.astype(BF)
                 y_s.at[wg][...] = Y.astype(BF)
                 plgpu.commit_smem()
                 plgpu.copy_smem_to_gmem(v_s.at[slot, wg], o_g.at[b, pl.ds(start, C), h, mine])
+                if sines:
+                    plgpu.copy_smem_to_gmem(sine_s, sine_g.at[b, pl.ds(start, C), h, mine])
                 return X, Y, Zero.next(zero, t)
 
             X, Y, _ = lax.fori_loop(0, chunks, chunk, (X, Y, Zero.start(turn_g[h, 0, 0])))
@@ -165,6 +176,8 @@ def _sweep(q, k, v, table, turn, initial, docs, spans, reverse, stages, make):
     if documents:
         scratch.append(plgpu.SMEM((stages, 4, C), BF))
     out_type = [jax.ShapeDtypeStruct(v.shape, BF), jax.ShapeDtypeStruct((B, spans, H, 2, height, v.shape[-1]), F32)]
+    if sines:
+        out_type.append(jax.ShapeDtypeStruct(v.shape, BF))
     docs = _rows_read(docs, reverse)
     inputs = [x for x in (q, k, v, table, turn, initial, docs) if x is not None]
     name = "linear_attention_turned_" + ("keys" if keys_turn else "values")
@@ -187,9 +200,13 @@ def turned_keys(q, k, v, table, turn, initial, docs, *, spans=1, reverse=False, 
     return _sweep(q, k, v, table, turn, initial, docs, spans, reverse, stages, _keys_chunk)
 
 
-def turned_values(a, b, w, table, turn, initial, docs, *, spans=1, reverse=False, stages=2):
-    """out [B,T,H,K] and the state [B,N,H,2,V,K]; a, b [B,T,H,V], w [B,T,H,K]. Otherwise as `turned_keys`."""
-    return _sweep(a, b, w, table, turn, initial, docs, spans, reverse, stages, _values_chunk)
+def turned_values(a, b, w, table, turn, initial, docs, *, spans=1, reverse=False, sines=False, stages=2):
+    """out [B,T,H,K] and the state [B,N,H,2,V,K]; a, b [B,T,H,V], w [B,T,H,K]. Otherwise as `turned_keys`.
+
+    sines: a third result like out, with sin(|t-s| theta_c) for the cosine.
+    """
+    make = functools.partial(_values_chunk, sines=sines)
+    return _sweep(a, b, w, table, turn, initial, docs, spans, reverse, stages, make, sines)
 
 
 def turned_states(k, v, table, turn, docs, *, spans, reverse=False, stages=4):
@@ -319,7 +336,7 @@ def _keys_chunk(refs, barriers, wg, state, reverse, release):
     return o, X, Y
 
 
-def _values_chunk(refs, barriers, wg, state, reverse, release):
+def _values_chunk(refs, barriers, wg, state, reverse, release, sines=False):
     """Each warpgroup owns half of the channels that have a phase; the two never wait for each other."""
     a_s, b_s, w_s, x_s, y_s, cos_s, sin_s, doc_s, sin_w_s = refs
     X, Y = state
@@ -330,9 +347,12 @@ def _values_chunk(refs, barriers, wg, state, reverse, release):
     def scores(acc):
         plgpu.wgmma(acc, a_s, b_s.transpose((1, 0)))
         w = load(w_cos)
+        if sines:  # the place of w_sin is an output's too
+            release()
         w_sin[...] = w * load(sin_s.at[:, channels])
         w_cos[...] = w * load(cos_s.at[:, channels])
-        release()
+        if not sines:
+            release()
         return _causal(acc[...], reverse, doc_s)
 
     p = pl.run_scoped(scores, plgpu.ACC((C, C), F32))
@@ -340,9 +360,11 @@ def _values_chunk(refs, barriers, wg, state, reverse, release):
     X, Y, _, weigh = _documents(doc_s, reverse, X, Y, None)
     # One part after the other, the first rounded: registers hold no more.
     of_cos, X = _values_part(a_s, b_s, w_cos, x_s.at[wg], p, X, doc_s, weigh, reverse)
-    of_cos = (of_cos * load(cos_s.at[:, channels]).astype(F32)).astype(BF)
+    of_cos = of_cos.astype(BF)
     of_sin, Y = _values_part(a_s, b_s, w_sin, y_s.at[wg], p, Y, doc_s, weigh, reverse)
-    return of_sin * load(sin_s.at[:, channels]).astype(F32) + of_cos.astype(F32), X, Y
+    of_cos, cos, sin = (x.astype(F32) for x in (of_cos, load(cos_s.at[:, channels]), load(sin_s.at[:, channels])))
+    out = of_cos * cos + of_sin * sin
+    return ((out, of_cos * sin - of_sin * cos) if sines else out), X, Y
 
 
 def _values_part(a_s, b_s, w_s, before_s, p, X, doc_s, weigh, reverse):

@@ -9,25 +9,39 @@ import jax
 import jax.numpy as jnp
 
 MULTIPROCESSORS = 132  # of an H100 or H200
-MORE_THAN_MEMORY = {"split": 4, "whole": 3}  # costs of a chunk where arithmetic takes longer than the tensors
+
+# Microseconds on an H100 with 128 channels, of experiments/kernels/reports/2026-11-26_h100_kernels.md.
+TENSOR = 0.0056  # memory's time for a chunk of one tensor, 64 tokens of a head in bfloat16
+OPERATIONS = 4.0  # more to launch, if the sequence is cut
+COSTS = {  # a chunk on one multiprocessor where memory keeps up: (to give out, to give what a span adds); tensors as
+    "scalar": (1.95, 0.5, 4),  # large as a float32 state
+    "vector": (5.1, 1.9, 4),
+    "phase": (3.7, 1.7, 8),
+}
 
 
-def choose_spans(rows: int, tokens: int, split: int = 6, whole: int = 4) -> int:
-    """How many spans to cut a sequence into, for `rows` = batch x heads.
-
-    split, whole: what a chunk costs if the sequence is cut and if it is not; for no or scalar decay the tensors moved.
-    """
+def choose_spans(kind: str, rows: int, tokens: int) -> int:
+    """How many spans to cut a sequence into, for `rows` = batch x heads: one, or what fills the chip once or twice."""
     chunks = -(-tokens // 64)
-    best, best_cost = 1, math.inf
-    for spans in range(1, max(1, min(chunks // 8, 2 * MULTIPROCESSORS // rows)) + 1):
+    least, best = math.inf, 1
+    for full in (rows, MULTIPROCESSORS, 2 * MULTIPROCESSORS):
+        spans = max(1, min(chunks // 8, full // rows))
         spans = -(-chunks // -(-chunks // spans))  # no span without a chunk
-        waves = -(-rows * spans // MULTIPROCESSORS)
-        cost = (
-            whole * waves * chunks if spans == 1 else split * waves * -(-chunks // spans) + 4 * split
-        )  # the small operations between
-        if cost < 0.95 * best_cost:
-            best, best_cost = spans, cost
+        time = _microseconds(kind, rows * spans, -(-chunks // spans), cut=spans > 1)
+        if time < least:
+            least, best = time, spans
     return best
+
+
+def _microseconds(kind, blocks, chunks, cut):
+    """Of the forward pass, by `blocks` blocks of threads that each walk `chunks` chunks."""
+    out, added, state = COSTS[kind]
+    waves = -(-blocks // MULTIPROCESSORS)
+    memory = blocks * TENSOR
+    time = chunks * max(waves * out, 4 * memory)  # q, k, v and out
+    if cut:  # two of them again; the states are written and read, and once more to chain them
+        time += chunks * max(waves * added, 2 * memory) + 4 * state * memory + OPERATIONS
+    return time
 
 
 def chunks_of_a_span(tokens: int, spans: int) -> int:

@@ -17,6 +17,7 @@ from linscale.kernels.linear_attention import pallas_tpu_scalar as scalar
 from linscale.kernels.linear_attention import pallas_tpu_tiles as tiles
 from linscale.kernels.linear_attention import pallas_tpu_vector as vector
 from linscale.kernels.linear_attention.reference import document_starts
+from linscale.kernels.remat import kept
 
 CHANNELS = (64, 128)
 LANES = 128
@@ -194,7 +195,7 @@ def _scalar_forward(plan, *args):
     q, k, v, rate, initial, docs = jax.tree.map(lambda x: x.value, args, is_leaf=lambda x: hasattr(x, "perturbed"))
     learn = args[3] is not None and args[3].perturbed
     out, state, saved = scalar.forward(plan, q, k, v, rate, initial, docs, save=True)
-    return (out, state), (q, k, v, rate, docs, saved, None if initial is None else (), () if learn else None)
+    return (out, state), (q, k, v, rate, docs, kept(saved), None if initial is None else (), () if learn else None)
 
 
 def _scalar_backward(plan, residuals, cotangents):
@@ -218,7 +219,7 @@ def _vector(plan, q, k, v, log_decay, initial, docs):
 def _vector_forward(plan, *args):
     q, k, v, log_decay, initial, docs = jax.tree.map(lambda x: x.value, args, is_leaf=lambda x: hasattr(x, "perturbed"))
     out, state, saved = vector.forward(plan, q, k, v, log_decay, initial, docs, save=True)
-    return (out, state), (q, k, v, log_decay, docs, saved, None if initial is None else ())
+    return (out, state), (q, k, v, log_decay, docs, kept(saved), None if initial is None else ())
 
 
 def _vector_backward(plan, residuals, cotangents):
@@ -241,7 +242,7 @@ def _phase_forward(plan, *args):
     q, k, v, theta, initial, docs = jax.tree.map(lambda x: x.value, args, is_leaf=lambda x: hasattr(x, "perturbed"))
     out, state, saved = turning.forward(plan, q, k, v, theta, initial, docs, save=True)
     learn = () if args[3].perturbed else None
-    return (out, state), (q, k, v, theta, docs, saved, None if initial is None else (), learn)
+    return (out, state), (q, k, v, theta, docs, kept(saved), None if initial is None else (), learn)
 
 
 def _phase_backward(plan, residuals, cotangents):

@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from linscale.kernels.axes import Axes, mesh_for
+from linscale.kernels.remat import kept
 from linscale.kernels.softmax_attention import blockwise, splash
 from linscale.kernels.softmax_attention.cudnn_packed import packed_attention, serves_packed
 
@@ -79,9 +80,9 @@ def softmax_attention(
     if implementation == "splash":
         if reason := splash.refusal(q) or (offset is not None and "it does not decode with a cache"):
             raise ValueError(f"implementation='splash' cannot serve: {reason}. None or 'xla' can.")
-        return splash.splash(q, k, v, segment_ids)
+        return kept(splash.splash(q, k, v, segment_ids))
     if implementation == "cudnn" and segment_ids is not None and serves_packed():
-        return packed_attention(q, k, v, segment_ids)
+        return kept(packed_attention(q, k, v, segment_ids))
     mask = None
     if segment_ids is not None:
         mask = (segment_ids[:, :, None] == segment_ids[:, None, :])[:, None]
@@ -91,7 +92,9 @@ def softmax_attention(
             mask &= (jnp.arange(k.shape[1]) >= start[:, None])[:, None, None]
     # float32 products at full precision, as everywhere in linscale; the context sets XLA's choice for this call alone.
     with jax.default_matmul_precision("highest" if q.dtype == jnp.float32 else "default"):
-        return jax.nn.dot_product_attention(q, k, v, mask=mask, is_causal=offset is None, implementation=implementation)
+        causal = offset is None
+        out = jax.nn.dot_product_attention(q, k, v, mask=mask, is_causal=causal, implementation=implementation)
+    return kept(out)
 
 
 @functools.cache

@@ -3,7 +3,8 @@
 JAX's public function takes documents only as a mask: [B,1,T,T], 8.6 GB in bfloat16 at 65,536 tokens, and read by every
 head. cuDNN itself takes the offsets and lengths of the documents in each row ("packed layout"); JAX holds that path in
 its cudnn module, which this file is the only one to import. The number of documents a row may hold is part of the
-compiled program: rows with more run through blocks of masked XLA attention, slower and as exact.
+compiled program, and its kernels pay for each, full or empty: a program holds two, for few documents and for eight times
+as many, and the batch decides. Rows with still more run through blocks of masked XLA attention, slower and as exact.
 
 Letters: B batch, T tokens, H heads, K channels, M documents a row may hold.
 """
@@ -15,7 +16,8 @@ import jax.numpy as jnp
 
 from linscale.kernels.softmax_attention.blockwise import blockwise
 
-MAX_DOCUMENTS = 64  # a row; more is exact and slow
+FEW = 8  # documents a row, up to 8192 tokens; in longer rows one for 1024 tokens
+MANY = 8  # times as many
 
 
 def serves_packed() -> bool:
@@ -23,15 +25,16 @@ def serves_packed() -> bool:
     return float(getattr(jax.devices()[0], "compute_capability", "0")) >= 9
 
 
-def packed_attention(q, k, v, segment_ids, max_documents: int = MAX_DOCUMENTS):
+def packed_attention(q, k, v, segment_ids):
     """q, k, v [B,T,H,K] bfloat16, segment_ids [B,T] in runs of equal ids: [B,T,H,K]. Hopper or later."""
-    documents = min(max_documents, q.shape[1])
-    starts_BM, lengths_BM, fits = document_table(segment_ids, documents)
-    return jax.lax.cond(
-        fits,
-        lambda: _cudnn(q, k, v, starts_BM, lengths_BM),
-        lambda: blockwise(q, k, v, segment_ids, segment_ids),
-    )
+    few = max(FEW, q.shape[1] // 1024)
+    sizes = sorted({min(size, q.shape[1]) for size in (few, MANY * few)})
+    tables = [document_table(segment_ids, size) for size in sizes]
+    branches = [
+        lambda starts=starts, lengths=lengths: _cudnn(q, k, v, starts, lengths) for starts, lengths, _ in tables
+    ]
+    branches.append(lambda: blockwise(q, k, v, segment_ids, segment_ids))
+    return jax.lax.switch(sum(~fits for *_, fits in tables), branches)
 
 
 def document_table(segment_ids, documents: int):

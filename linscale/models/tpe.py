@@ -7,7 +7,7 @@ which is a causal Toeplitz product with coefficients T_m = sum_k C_k (1 - lambda
 one time scale a state, spaced geometrically from 1/4 to 4096 tokens; C starts near the identity (fastest state 1).
 
 Worked out in chunks: inside a chunk as a short convolution, between chunks by the state; no state per token is stored.
-Devices of a mesh that hold spans of the tokens hand on the state alone.
+Spans of the tokens, on the devices of a mesh or side by side on one, hand on the state alone.
 
 Letters: B batch, T tokens, N chunks, P tokens of a chunk, D width, E states of a channel.
 """
@@ -57,19 +57,43 @@ def toeplitz(x_BTD, coefficients_DE, state_BDE, segment_ids=None, *, axes: Axes 
     channels, see `linear_attention`."""
     mesh = mesh_for(axes)
     if mesh is None:
-        return _on_device(x_BTD, coefficients_DE, state_BDE, segment_ids)
+        return _side_by_side(x_BTD, coefficients_DE, state_BDE, segment_ids)
 
     def span(arrays):
-        x_BTD, coefficients_DE, state_BDE, segment_ids = arrays.values()
         if mesh.shape[axes.sequence] == 1:
-            return _on_device(x_BTD, coefficients_DE, state_BDE, segment_ids)
-        before_BDE, after_BDE = _states(x_BTD, state_BDE, segment_ids, axes.sequence)
-        return _on_device(x_BTD, coefficients_DE, before_BDE, segment_ids)[0], after_BDE
+            return _side_by_side(*arrays.values())
+        return _span(*arrays.values(), axis=axes.sequence)
 
     arrays = {"x": x_BTD, "coefficients": coefficients_DE, "state": state_BDE, "segment_ids": segment_ids}
     # Channels are as far apart as heads are, so the axis of heads splits them.
     dims = {"x": "BTH", "coefficients": "HE", "state": "BHE", "segment_ids": "BT"}
     return over_mesh(span, mesh, axes, arrays, dims, ("BTH", "BHE"))
+
+
+def _span(x_BTD, coefficients_DE, state_BDE, segment_ids, axis):
+    """One of several spans of the tokens that lie along a mapped axis."""
+    before_BDE, after_BDE = _states(x_BTD, state_BDE, segment_ids, axis)
+    return _on_device(x_BTD, coefficients_DE, before_BDE, segment_ids)[0], after_BDE
+
+
+def _side_by_side(x_BTD, coefficients_DE, state_BDE, segment_ids):
+    """On an accelerator few long rows are cut into spans that run side by side, as over the devices of a mesh: a chunk
+    waits for the one before it, and alone would leave the chip idle."""
+    batch, tokens, _ = x_BTD.shape
+    spans = 1 if jax.default_backend() == "cpu" else spans_of_a_row(batch, tokens)
+    if spans == 1:
+        return _on_device(x_BTD, coefficients_DE, state_BDE, segment_ids)
+    cut = lambda x: None if x is None else x.reshape(batch, spans, tokens // spans, *x.shape[2:])  # noqa: E731
+    run = functools.partial(_span, axis="spans")
+    run = jax.vmap(run, in_axes=(1, None, None, None if segment_ids is None else 1), out_axes=(1, 0), axis_name="spans")
+    y_BSTD, after_SBDE = run(cut(x_BTD), coefficients_DE, state_BDE, cut(segment_ids))
+    return y_BSTD.reshape(x_BTD.shape), after_SBDE[0]
+
+
+def spans_of_a_row(batch: int, tokens: int) -> int:
+    """The fewest equal spans of at least 256 tokens that make up 64 rows or more together, or as near as it gets."""
+    allowed = [n for n in range(1, tokens // 256 + 1) if tokens % n == 0]
+    return next((n for n in allowed if n * batch >= 64), max(allowed, default=1))
 
 
 def _states(x_BTD, initial_BDE, segment_ids, axis):

@@ -21,6 +21,7 @@ from flax import nnx
 from linscale import sharding
 from linscale.config import ConfigError, Model
 from linscale.kernels import cross_entropy
+from linscale.kernels.remat import KEPT
 from linscale.models import cosformer2, hgrn2, llama, tnl
 from linscale.models.layers import GatedLinearUnit, LayerCache, activation, compute_dtype
 from linscale.models.tpe import Tpe
@@ -112,7 +113,7 @@ class Transformer(nnx.Module):
                 x_BTD, caches = block(x_BTD, layer=layer, cache=cache, **context)
                 return (sharding.constrain(x_BTD, "batch", "sequence", None), caches), None
 
-            layer_of[kind] = _remat(one_layer, self.model.remat)
+            layer_of[kind] = _remat(one_layer, self.model.remat, self.model.unroll >= len(at))
 
         def run(kind, x_BTD, caches, xs):
             unroll = min(self.model.unroll, xs[1].shape[0])
@@ -178,7 +179,7 @@ def _stack(model, kind, layers, rngs):
     return make(rngs)
 
 
-def _remat(one_layer, policy: str):
+def _remat(one_layer, policy: str, unrolled: bool):
     if policy == "none":
         if not sharding.gathers():
             return one_layer
@@ -186,8 +187,18 @@ def _remat(one_layer, policy: str):
         return jax.checkpoint(
             one_layer, policy=lambda primitive, *_, **__: primitive.name != "sharding_constraint", prevent_cse=False
         )
-    save = jax.checkpoint_policies.dots_with_no_batch_dims_saveable if policy == "dots" else None
-    return jax.checkpoint(one_layer, policy=save, prevent_cse=False)  # inside a scan CSE cannot undo it
+    keep = _kept_by_dots if policy == "dots" else None
+    # Inside a loop common subexpressions cannot undo the recomputation; unrolled, they could.
+    return jax.checkpoint(one_layer, policy=keep, prevent_cse=unrolled)
+
+
+def _kept_by_dots(primitive, *args, **params):
+    """Products with weights and what attention kernels keep for their gradients; elementwise work is done again."""
+    if primitive.name == "name":
+        return params["name"] == KEPT
+    if primitive.name.startswith("dot_product_attention_fwd"):  # cuDNN's: its softmax statistics have no name
+        return True
+    return jax.checkpoint_policies.dots_with_no_batch_dims_saveable(primitive, *args, **params)
 
 
 @functools.cache

@@ -57,14 +57,15 @@ def draw(seed, tokens, kind, *, state=True, segments=False, tied_key=False):
     return arrays, ids
 
 
-def run(implementation, arrays, ids, seed, axes=None):
-    """(out, state, and the gradient of a random projection of both in every array), as numpy."""
+def run(implementation, arrays, ids, seed, axes=None, final=True):
+    """(out, state, and the gradient of a random projection of both in every array), as numpy; final: the state counts."""
     rng = np.random.default_rng(seed + 1)
 
     def outputs(arrays):
         named = dict(arrays)
         q, k, v = named.pop("q"), named.pop("k", None), named.pop("v")
-        return linear_attention(q, k, v, segment_ids=ids, implementation=implementation, axes=axes, **named)
+        out = linear_attention(q, k, v, segment_ids=ids, implementation=implementation, axes=axes, **named)
+        return out if final else out[:1]
 
     arrays = jax.tree.map(jnp.asarray, arrays)
     # bfloat16 values, so that rounding the cotangent of a bfloat16 output loses nothing.
@@ -76,7 +77,7 @@ def run(implementation, arrays, ids, seed, axes=None):
         return sum(jnp.vdot(w.astype(o.dtype), o) for w, o in zip(weights, wide)), out
 
     grads, out = jax.jit(jax.grad(projection, has_aux=True))(arrays)
-    return jax.tree.map(np.asarray, {"out": out[0], "state": out[1]} | {f"d_{n}": g for n, g in grads.items()})
+    return jax.tree.map(np.asarray, dict(zip(("out", "state"), out)) | {f"d_{n}": g for n, g in grads.items()})
 
 
 def relative_errors(got, want):
@@ -90,12 +91,12 @@ def relative_errors(got, want):
     return {name: error(got[name], want[name]) for name in want}
 
 
-def compare(implementation, arrays, ids, tolerance, dtype=np.float32, seed=0):
+def compare(implementation, arrays, ids, tolerance, dtype=np.float32, seed=0, final=True):
     states = ("log_decay", "phase", "initial_state")  # stay float32 when q, k, v are bfloat16
     low = {n: jnp.asarray(a, jnp.float32 if n in states else dtype) for n, a in arrays.items()}
     with jax.enable_x64(True):
-        want = run("scan", {n: np.asarray(a, np.float64) for n, a in low.items()}, ids, seed)
-    errors = relative_errors(run(implementation, low, ids, seed), want)
+        want = run("scan", {n: np.asarray(a, np.float64) for n, a in low.items()}, ids, seed, final=final)
+    errors = relative_errors(run(implementation, low, ids, seed, final=final), want)
     assert max(errors.values()) < tolerance, errors
     return errors
 

@@ -7,7 +7,7 @@ import pytest
 import test_linear_attention as shared
 
 from linscale.kernels import linear_attention
-from linscale.kernels.linear_attention import pallas_gpu
+from linscale.kernels.linear_attention import pallas_gpu, pallas_gpu_phase
 
 old = tuple(int(x) for x in jax.__version__.split(".")[:2]) < (0, 11)
 pytestmark = pytest.mark.skipif(old, reason=f"jax {jax.__version__} has no Mosaic GPU as of jax >= 0.11")
@@ -15,7 +15,9 @@ pytestmark = pytest.mark.skipif(old, reason=f"jax {jax.__version__} has no Mosai
 
 def outputs_and_gradients(run, arrays, weights):
     """`run`'s outputs and the gradients of their weighted sum in all arrays whose gradient needs no other program."""
-    fixed = {n: a for n, a in arrays.items() if n == "phase" or (n == "log_decay" and a.ndim == 1)}
+    fixed = {n: a for n, a in arrays.items() if n == "log_decay" and a.ndim == 1}
+    if "initial_state" in arrays:
+        fixed |= {n: a for n, a in arrays.items() if n == "phase"}
     free = {n: a for n, a in arrays.items() if n not in fixed}
     outputs, pull = jax.vjp(lambda free: run(**{"k": None, "log_decay": None} | free | fixed), free)
     (grads,) = pull(tuple(jnp.asarray(w).astype(o.dtype) for w, o in zip(weights, outputs)))
@@ -23,7 +25,7 @@ def outputs_and_gradients(run, arrays, weights):
     return {n: np.asarray(a, np.float64) for n, a in got.items()}
 
 
-def compare(arrays, ids, spans, monkeypatch):
+def compare(arrays, ids, spans, monkeypatch, final=True):
     from emulator import emulated
 
     monkeypatch.setattr(pallas_gpu, "choose_spans", lambda *_, **__: spans)
@@ -33,11 +35,14 @@ def compare(arrays, ids, spans, monkeypatch):
     shapes = (arrays["v"].shape, (*np.array(arrays["v"].shape)[[0, 2]], rows, shared.VALUE))
     weights = [rng.normal(size=s).astype(jnp.bfloat16) for s in shapes]
 
+    def outputs(both):
+        return both if final else both[:1]
+
     def ours(q, k, v, log_decay=None, phase=None, initial_state=None):
-        return pallas_gpu.pallas_gpu(q, k, v, log_decay, phase, initial_state, ids)
+        return outputs(pallas_gpu.pallas_gpu(q, k, v, log_decay, phase, initial_state, ids))
 
     def scan(q, k, v, **named):
-        return linear_attention(q, k, v, segment_ids=ids, implementation="scan", **named)
+        return outputs(linear_attention(q, k, v, segment_ids=ids, implementation="scan", **named))
 
     with emulated():
         got = outputs_and_gradients(ours, low, weights)
@@ -76,6 +81,14 @@ def draw(kind, tokens, **kw):
 def test_values_states_and_gradients(kind, spans, segments, tied, monkeypatch):
     arrays, ids = draw(kind, 130, segments=segments, tied_key=tied)
     compare(arrays, ids, spans, monkeypatch)
+
+
+@pytest.mark.parametrize(("spans", "segments"), [(1, False), (2, True), (3, False)])
+def test_gradient_of_phase_by_the_kernels(spans, segments, monkeypatch):
+    """As in training: no state given, none read; those between spans are the kernels' own."""
+    monkeypatch.setattr(pallas_gpu_phase, "_phase_gradient_by_xla", None)
+    arrays, ids = draw("phase", 130, segments=segments, state=False)
+    compare(arrays, ids, spans, monkeypatch, final=False)
 
 
 @pytest.mark.slow
