@@ -44,7 +44,9 @@ def states(k, v, log_decay, *, spans, reverse=False, stages=4):
 
             def weigh(slot):
                 """This warpgroup's keys, and the gates' products over the chunk, in shared memory."""
-                for s in range(part // SLICE):
+
+                @pl.loop(0, part // SLICE)
+                def _slice(s):
                     here, there = pl.ds(wg * part + s * SLICE, SLICE), pl.ds(s * SLICE, SLICE)
                     g = load(g_s.at[slot, :, here]).astype(F32)
                     a = jnp.exp(g)
@@ -55,6 +57,7 @@ def states(k, v, log_decay, *, spans, reverse=False, stages=4):
                         _, key, whole = products(None, key, a, whole_s.at[wg, s])
                     x_s.at[wg, :, there][...] = key.astype(BF)
                     rows.put_tile_rows(whole, total_s.at[wg, :, there])
+
                 plgpu.commit_smem()
 
             def chunk(t, state):
