@@ -117,15 +117,15 @@ def _sweep(q, k, v, table, turn, initial, docs, spans, reverse, stages, make, si
                 own_s = (s.at[zero] for s in more_s)
                 refs = (*ring_s, x_s, y_s, cos_s, sin_s, doc_s, *own_s)
                 out, X, Y = make(refs, (ready, free), wg + zero, state, reverse, release)
-                along = 0 if keys_turn else 1
-                at = pl.ds(0, height) if keys_turn else mine
-                cos, sin = (_across(turn_s.at[part, at], (height, half), along) for part in range(2))
-                X, Y = X * cos + Y * sin, Y * cos - X * sin
                 if sines:  # its place is read no more in this chunk
                     out, sine = out
                     sine_s = more_s[0].at[zero, wg]
                     sine_s[...] = sine.astype(BF)
                 v_s.at[slot, wg][...] = out.astype(BF)
+                along = 0 if keys_turn else 1
+                at = pl.ds(0, height) if keys_turn else mine
+                cos, sin = (_across(turn_s.at[part, at], (height, half), along) for part in range(2))
+                X, Y = X * cos + Y * sin, Y * cos - X * sin
                 x_s.at[wg][...] = X.astype(BF)
                 y_s.at[wg][...] = Y.astype(BF)
                 plgpu.commit_smem()
