@@ -46,7 +46,7 @@ def config_of(args):
     return Config(model=model, train=Train(batch=args.batch, sequence=args.sequence, accumulation=args.accumulation))
 
 
-def matmul_flops(jax, size=8192, repeats=20):
+def matmul_flops(jax, size=8192, repeats=100):
     """FLOP/s of a bfloat16 product of random matrices, the ceiling this device reaches today."""
     a, b = jax.random.normal(jax.random.key(0), (2, size, size), "bfloat16")
     product = jax.jit(lambda a, b: a @ b)
@@ -69,12 +69,17 @@ def measure(args) -> dict:
     config = config_of(args)
     rng = np.random.default_rng(0)
     shape = (args.batch, args.sequence, config.model.vocab_size, args.mean_document)
-    batches = [jax.device_put(draw(rng, *shape)) for _ in range(4)]
-    state = jax.jit(functools.partial(step.init, config))()
+    batches = [draw(rng, *shape) for _ in range(4)]
+    init = jax.jit(functools.partial(step.init, config))
     train_step = jax.jit(functools.partial(step.train_step, config), donate_argnums=0)
     began = time.perf_counter()
-    train_step = train_step.lower(state, batches[0]).compile()
+    train_step = train_step.lower(jax.eval_shape(init), batches[0]).compile()
     compile_seconds = time.perf_counter() - began
+    if args.compile_only:
+        init.lower().compile()
+        return {"arch": args.arch, "compile_s": compile_seconds}
+    batches = jax.device_put(batches)
+    state = init()
     state, metrics = train_step(state, batches[0])
     first_loss = float(metrics["loss"])
     first_step = time.perf_counter() - BEGAN
@@ -126,7 +131,7 @@ def line(row: dict) -> str:
         f"{row['arch']:10s} {row['parameters'] / 1e6:7.1f}M  {row['batch']} x {row['sequence']}  "
         f"{row['tokens_per_s']:10,.0f} tokens/s  {row['step_ms']:8.1f} ms  MFU {percent(row['mfu'])}  "
         f"of matmul {percent(row['of_matmul'])}  {row['peak_gb'] or row['planned_gb']:6.1f} GB  "
-        f"first step {row['first_step_s']:5.1f} s  loss {row['losses'][0]:.3f} to {row['losses'][1]:.3f}"
+        f"compile {row['compile_s']:5.1f} s  first step {row['first_step_s']:5.1f} s  loss {row['losses'][0]:.3f} to {row['losses'][1]:.3f}"
     )
 
 
@@ -142,6 +147,7 @@ def main():
     parser.add_argument("--attention", default="auto")
     parser.add_argument("--architectures", type=lambda s: s.split(","), default=ARCHITECTURES)
     parser.add_argument("--arch", help="measure this one in this process and print its JSON")
+    parser.add_argument("--compile-only", action="store_true", help="with --arch: to fill a compilation cache")
     parser.add_argument("--limit", type=float, default=300, help="seconds for one architecture")
     parser.add_argument("--profile", help="folder for a profile of the timed steps")
     parser.add_argument("--json", type=Path)

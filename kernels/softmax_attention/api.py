@@ -82,7 +82,7 @@ def softmax_attention(
             raise ValueError(f"implementation='splash' cannot serve: {reason}. None or 'xla' can.")
         return kept(splash.splash(q, k, v, segment_ids))
     if implementation == "cudnn" and segment_ids is not None and serves_packed():
-        return kept(packed_attention(q, k, v, segment_ids))
+        return packed_attention(q, k, v, segment_ids)
     mask = None
     if segment_ids is not None:
         mask = (segment_ids[:, :, None] == segment_ids[:, None, :])[:, None]

@@ -74,6 +74,22 @@ def test_blocks_of_queries_equal_the_sum(monkeypatch):
         np.testing.assert_allclose(a, b, atol=1e-5)
 
 
+def test_packed_cudnn_lowers_on_this_jax(monkeypatch):
+    """The path is private to JAX: its names and arguments may change with any version."""
+    from jax._src.cudnn import fused_attention_stablehlo as cudnn
+
+    monkeypatch.setattr(cudnn, "check_cudnn_version", lambda *_: 91000)
+    monkeypatch.setattr(cudnn, "check_compute_capability", lambda *_: True)
+    x, ids = jax.ShapeDtypeStruct((2, 256, 4, 64), jnp.bfloat16), jax.ShapeDtypeStruct((2, 256), jnp.int32)
+
+    def loss(q, k, v, ids):
+        return cudnn_packed.packed_attention(q, k, v, ids).astype(jnp.float32).sum()
+
+    text = jax.jit(jax.grad(loss, (0, 1, 2))).trace(x, x, x, ids).lower(lowering_platforms=("cuda",)).as_text()
+    assert text.count("@__cudnn$fmhaSoftmax(") == 1
+    assert text.count("@__cudnn$fmhaSoftmaxBackward(") == 1
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("documents_a_row", (1, 5, 100))
 @pytest.mark.parametrize("tokens", (512, 1000))
