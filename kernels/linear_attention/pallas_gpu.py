@@ -15,10 +15,10 @@ import jax.numpy as jnp
 from jax.custom_derivatives import SymbolicZero
 
 from linscale.kernels.linear_attention import chunked, pallas_gpu_phase
+from linscale.kernels.linear_attention.pallas_gpu_spans import chain, choose_spans, chunks_of_a_span
 from linscale.kernels.linear_attention.reference import document_starts
 from linscale.kernels.remat import kept
 
-MULTIPROCESSORS = 132  # of an H100 or H200
 CHANNELS = (64, 128)
 
 
@@ -48,19 +48,10 @@ def on_hopper() -> bool:
 
 
 def pallas_gpu(q, k, v, log_decay, phase, initial_state, segment_ids):
-    """Arguments and results as `api.linear_attention`."""
-    if phase is None:
-        return _any_shape(q, k, v, log_decay, None, initial_state, segment_ids)
-    if 6 * q.shape[0] * q.shape[2] >= MULTIPROCESSORS or q.shape[1] < 1024:
-        return _any_shape(q, k, v, None, phase, initial_state, segment_ids)
-    # Few heads: four times the traffic, in spans.
-    run = lambda q, k, v, state: _any_shape(q, k, v, None, None, state, segment_ids)  # noqa: E731
-    out, state = pallas_gpu_phase.as_two_heads(q, k, v, jax.lax.stop_gradient(phase), initial_state, run)
-    return pallas_gpu_phase.learn(out, state, phase, q, k, v, initial_state, segment_ids)
+    """Arguments and results as `api.linear_attention`.
 
-
-def _any_shape(q, k, v, log_decay, phase, initial_state, segment_ids):
-    """The kernels are written for 128 channels and tokens in eights; the copies cost time, not exactness."""
+    The kernels are written for 128 channels and tokens in eights; the copies cost time, not exactness.
+    """
     tokens, K, V = q.shape[1], q.shape[-1], v.shape[-1]
     widen = lambda x, to: _pad(x, [(0, 0), (0, -tokens % 8), (0, 0), (0, to - x.shape[-1])])  # noqa: E731
     q, v = widen(q, 128), widen(v, 128)
@@ -74,8 +65,9 @@ def _any_shape(q, k, v, log_decay, phase, initial_state, segment_ids):
         segment_ids = _pad(segment_ids, [(0, 0), (0, -tokens % 8)], mode="edge")
     if phase is not None:
         phase = _pad(phase, [(0, 0), (0, 128 - K)])
-        docs = _documents(segment_ids, q, 1)
-        out, state = pallas_gpu_phase.on_chip(tokens, q, k, v, phase, initial_state, segment_ids, docs)
+        spans = choose_spans("phase", q.shape[0] * q.shape[2], q.shape[1])
+        docs = _documents(segment_ids, q, spans)
+        out, state = pallas_gpu_phase.on_chip(tokens, spans, q, k, v, phase, initial_state, segment_ids, docs)
         state = state.reshape(*state.shape[:2], 2, 128, 128)[..., :K, :V]
         return out[:, :tokens, :, :V], state.reshape(*state.shape[:2], 2 * K, V)
     if log_decay is None:
@@ -102,19 +94,16 @@ def _vector(q, k, v, log_decay, initial_state):
 
 
 def _vector_values(q, k, v, log_decay, initial_state, save):
-    """out, the last state, and what the backward pass needs: states before each chunk and scores.
+    """out, the last state, and what the backward pass needs: states before each chunk and scores."""
+    from linscale.kernels.linear_attention.pallas_gpu_vector import forward
+    from linscale.kernels.linear_attention.pallas_gpu_vector_states import states
 
-    What each span adds to a state is found by a whole forward pass: twice the work, side by side.
-    """
-    from linscale.kernels.linear_attention import pallas_gpu_vector as kernels
-
-    spans = choose_spans(q.shape[0] * q.shape[2], q.shape[1], split=2, whole=1)
+    spans = choose_spans("vector", q.shape[0] * q.shape[2], q.shape[1])
     before = None if initial_state is None else initial_state[:, None]
     if spans > 1:
-        _, added, _, _ = kernels.forward(q, k, v, log_decay, None, spans=spans)
-        before = _chain(initial_state, added, _vector_survival(log_decay, spans))
-    out, after, *kept = kernels.forward(q, k, v, log_decay, before, spans=spans, save=save)
-    return out, after[:, -1], kept
+        before = chain(initial_state, *states(k, v, log_decay, spans=spans))
+    out, after, *saved = forward(q, k, v, log_decay, before, spans=spans, save=save)
+    return out, after[:, -1], saved
 
 
 def _vector_forward(q, k, v, log_decay, initial_state):
@@ -125,25 +114,17 @@ def _vector_forward(q, k, v, log_decay, initial_state):
 
 def _vector_backward(residuals, cotangents):
     from linscale.kernels.linear_attention.pallas_gpu_vector_backward import carry, within
+    from linscale.kernels.linear_attention.pallas_gpu_vector_states import states as span_states
 
     q, k, v, log_decay, states, scores, given = residuals
     d_out, d_state = cotangents
-    spans = choose_spans(q.shape[0] * q.shape[2], q.shape[1], split=2, whole=1)
+    spans = choose_spans("vector", q.shape[0] * q.shape[2], q.shape[1])
     d_after = d_state[:, None]
     if spans > 1:
-        _, _, added = carry(q, k, d_out, log_decay, scores, None, spans=spans)
-        d_after = _chain(d_state, added, _vector_survival(log_decay, spans), reverse=True)
+        d_after = chain(d_state, *span_states(q, d_out, log_decay, spans=spans, reverse=True), reverse=True)
     dv, grads, before = carry(q, k, d_out, log_decay, scores, d_after, spans=spans)
     dq, dk, d_log_decay = within(q, k, v, d_out, log_decay, states, grads)
     return dq, dk, dv, d_log_decay, None if given is None else before[:, 0]
-
-
-def _vector_survival(log_decay, spans):
-    """What is left of a state across each span: [B,N,H,K]."""
-    B, T, H, K = log_decay.shape
-    length = chunks_of_a_span(T, spans) * 64
-    g = _pad(log_decay.astype(jnp.float32), [(0, 0), (0, spans * length - T), (0, 0), (0, 0)])
-    return jnp.exp(g.reshape(B, spans, length, H, K).sum(2))
 
 
 _vector.defvjp(_vector_forward, _vector_backward)
@@ -159,12 +140,12 @@ def _scalar_values(tokens, q, k, v, log_decay, initial_state, segment_ids):
     from linscale.kernels.linear_attention import pallas_gpu_scalar as kernels
 
     rate = _rate(log_decay)
-    spans = choose_spans(q.shape[0] * q.shape[2], q.shape[1])
+    spans = choose_spans("scalar", q.shape[0] * q.shape[2], q.shape[1])
     docs = _documents(segment_ids, q, spans)
     before = None if initial_state is None else initial_state[:, None]
     if spans > 1:
         added = kernels.states(k, v, rate, docs, tokens=tokens, spans=spans)
-        before = _chain(initial_state, added, _survival(rate, docs, tokens, spans))
+        before = chain(initial_state, added, _survival(rate, docs, tokens, spans))
     out, after = kernels.forward(q, k, v, rate, before, docs, tokens=tokens, spans=spans)
     return out, after[:, -1], before
 
@@ -187,7 +168,7 @@ def _scalar_backward(tokens, residuals, cotangents):
     d_out = jnp.zeros(v.shape, v.dtype) if isinstance(d_out, SymbolicZero) else d_out.astype(v.dtype)
     d_state = None if isinstance(d_state, SymbolicZero) else d_state
     rate = _rate(log_decay)
-    spans = choose_spans(q.shape[0] * q.shape[2], q.shape[1])
+    spans = choose_spans("scalar", q.shape[0] * q.shape[2], q.shape[1])
     docs = _documents(segment_ids, q, spans)
 
     turned = None if before is None else jnp.swapaxes(before, -1, -2)
@@ -198,7 +179,7 @@ def _scalar_backward(tokens, residuals, cotangents):
         d_after = None if d_after is None else d_after[:, None]
     else:
         added = kernels.states(d_out, q, rate, docs, tokens=tokens, spans=spans, reverse=True)
-        d_after = _chain(d_after, added, _survival(rate, docs, tokens, spans), reverse=True)
+        d_after = chain(d_after, added, _survival(rate, docs, tokens, spans), reverse=True)
     dk, dv, d_before = backward_kv(
         q, k, v, d_out, rate, d_after, docs, tokens=tokens, spans=spans, initial=initial_state is not None
     )
@@ -219,28 +200,6 @@ _scalar.defvjp(_scalar_forward, _scalar_backward, symbolic_zeros=True)
 def _rate(log_decay):
     """log2 of the decay a token; bounded, because minus infinity times an age of 0 would be NaN."""
     return jnp.maximum(log_decay.astype(jnp.float32), -1e4) * math.log2(math.e)
-
-
-def choose_spans(rows: int, tokens: int, split: int = 6, whole: int = 4) -> int:
-    """How many spans to cut a sequence into, for `rows` = batch x heads.
-
-    split, whole: what a chunk costs if the sequence is cut and if it is not; for no or scalar decay the tensors moved.
-    """
-    chunks = -(-tokens // 64)
-    best, best_cost = 1, math.inf
-    for spans in range(1, max(1, min(chunks // 8, 2 * MULTIPROCESSORS // rows)) + 1):
-        spans = -(-chunks // -(-chunks // spans))  # no span without a chunk
-        waves = -(-rows * spans // MULTIPROCESSORS)
-        cost = (
-            whole * waves * chunks if spans == 1 else split * waves * -(-chunks // spans) + 4 * split
-        )  # the small operations between
-        if cost < 0.95 * best_cost:
-            best, best_cost = spans, cost
-    return best
-
-
-def chunks_of_a_span(tokens: int, spans: int) -> int:
-    return math.ceil(math.ceil(tokens / 64) / spans)
 
 
 def _documents(segment_ids, q, spans):
@@ -269,30 +228,7 @@ def _survival(rate, docs, tokens, spans):
     """What is left of a state across each span: [B or 1,N,H]."""
     length = chunks_of_a_span(tokens, spans) * 64
     here = jnp.clip(tokens - length * jnp.arange(spans), 0, length).astype(jnp.float32)
-    kept = jnp.exp2(rate * here[:, None])[None]
+    left = jnp.exp2(rate * here[:, None])[None]
     if docs is not None:
-        kept = kept * docs[:, :, 4, 0].reshape(docs.shape[0], spans, -1).min(-1)[..., None]
-    return kept
-
-
-def _chain(state, added, kept, reverse=False):
-    """The state before each span from what spans add, [B,N,H,.,.]; with `reverse`, from the end.
-
-    kept: what is left across a span, [B or 1,N,H] or, if channels differ, [B,N,H,K].
-    """
-    if state is None:
-        state = jnp.zeros_like(added[:, 0])
-
-    def body(state, x):
-        add, keep = x
-        return keep * state + add, state
-
-    kept = jnp.broadcast_to(kept[..., None] if kept.ndim == 4 else kept[..., None, None], (*added.shape[:4], 1))
-    if added.shape[1] <= 16:  # one fused operation instead of a loop of many small ones
-        before = []
-        for n in sorted(range(added.shape[1]), reverse=reverse):
-            before.append(state)
-            state = kept[:, n] * state + added[:, n]
-        return jnp.stack(before[::-1] if reverse else before, axis=1)
-    _, before = jax.lax.scan(body, state, (jnp.moveaxis(added, 1, 0), jnp.moveaxis(kept, 1, 0)), reverse=reverse)
-    return jnp.moveaxis(before, 0, 1)
+        left = left * docs[:, :, 4, 0].reshape(docs.shape[0], spans, -1).min(-1)[..., None]
+    return left

@@ -40,8 +40,8 @@ def tied_key(g, a):
 def products(to_token, after_token, whole, whole_s, visit=None):
     """Multiplies in the gates of a chunk [C,SLICE]; each array comes with what its own token contributes (float32).
 
-    to_token: gains the gates of all tokens before in the chunk. after_token: those of all tokens behind. whole: the
-    product of all. Before each of the six times that neighbouring blocks of `size` tokens are joined,
+    to_token: gains the gates of all tokens before in the chunk. after_token: those of all tokens behind; either may be
+    None. whole: the product of all. Before each of the six times that neighbouring blocks of `size` tokens are joined,
     visit(level, size, to_token, after_token) sees the products inside the blocks. whole_s [4,SLICE] is shared memory
     for the exchange between warps, this call's own until the warps have met again.
     """
@@ -57,8 +57,10 @@ def products(to_token, after_token, whole, whole_s, visit=None):
             partner = rows.get_tile_rows(whole_s, 1, SLICE)
         else:
             partner = rows.get_tile_rows(whole_s, 2, SLICE) * rows.get_tile_rows(whole_s, 3, SLICE)
-        to_token = rows.pick(size, to_token * partner, to_token)
-        after_token = rows.pick(size, after_token, after_token * partner)
+        if to_token is not None:
+            to_token = rows.pick(size, to_token * partner, to_token)
+        if after_token is not None:
+            after_token = rows.pick(size, after_token, after_token * partner)
         whole = whole * partner
         size *= 2
     return to_token, after_token, whole

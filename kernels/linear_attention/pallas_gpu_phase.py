@@ -1,10 +1,6 @@
 """Linear attention with phase on Hopper GPUs: gradients and states around the kernels of pallas_gpu_phase_kernels.
 
-Where batch x heads would leave most of the chip idle, `as_two_heads` serves instead: each head becomes two without decay,
-one of cosines and one of sines, whose outputs add, and the kernel for no decay cuts the sequence into spans. Its factors
-are formed by XLA and pass through memory, about four times the traffic.
-
-Letters: B batch, T tokens, H heads, K key channels, V value channels, C tokens of a chunk.
+Letters: B batch, T tokens, H heads, K key channels, V value channels, N spans, C tokens of a chunk.
 """
 
 import functools
@@ -16,39 +12,47 @@ import numpy as np
 from jax.custom_derivatives import SymbolicZero
 
 from linscale.kernels.linear_attention import chunked
+from linscale.kernels.linear_attention.pallas_gpu_spans import chain, chunks_of_a_span
 from linscale.kernels.linear_attention.reference import document_starts
+from linscale.kernels.remat import kept
 
 C = 64
+SURVIVES = 4  # the row of docs
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def on_chip(tokens, q, k, v, phase, initial_state, segment_ids, docs):
-    """out and the state after `tokens` tokens, by one block of threads a head; docs as in pallas_gpu_scalar or None.
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def on_chip(tokens, spans, q, k, v, phase, initial_state, segment_ids, docs):
+    """out and the state after `tokens` tokens, by one block of threads a head and span; docs as in pallas_gpu_scalar or
+    None.
 
     The kernels hold the state as cosines X and minus sines Y of the angles to each chunk's end.
     """
-    return _on_chip_forward(tokens, q, k, v, phase, initial_state, segment_ids, docs)[0]
+    return _on_chip_forward(tokens, spans, q, k, v, phase, initial_state, segment_ids, docs)[0]
 
 
-def _on_chip_forward(tokens, *args):
-    from linscale.kernels.linear_attention.pallas_gpu_phase_kernels import turned_keys
+def _on_chip_forward(tokens, spans, *args):
+    from linscale.kernels.linear_attention.pallas_gpu_phase_kernels import turned_keys, turned_states
 
     learned = () if getattr(args[3], "perturbed", False) else None
     args = jax.tree.map(lambda x: getattr(x, "value", x), args, is_leaf=lambda x: hasattr(x, "perturbed"))
     q, k, v, phase, initial_state, _, docs = args
-    start = None
+    factors, start = _tables(phase), None
     if initial_state is not None:
         start = jnp.stack(
             [*_halves(initial_state * jnp.repeat(jnp.array([1.0, -1.0]), phase.shape[1])[:, None])], axis=2
         )
-    out, state = turned_keys(q, k, v, *_tables(phase), start, docs)
-    x, y = state[:, :, 0], state[:, :, 1]
-    cos, sin = _angle(phase, -tokens % C)  # how far the last chunk's end is past the last token
-    return (out, jnp.concatenate([cos * x - sin * y, -cos * y - sin * x], axis=2)), (*args, start, learned)
+    if spans == 1:
+        start = None if start is None else start[:, None]
+    else:
+        start = _chain_turned(start, turned_states(k, v, *factors, docs, spans=spans), tokens, phase, docs)
+    out, state = turned_keys(q, k, v, *factors, start, docs, spans=spans)
+    x, y = state[:, -1, :, 0], state[:, -1, :, 1]
+    cos, sin = _angle(phase, _past_the_end(tokens, spans))
+    return (out, jnp.concatenate([cos * x - sin * y, -cos * y - sin * x], axis=2)), (*args, kept(start), learned)
 
 
-def _on_chip_backward(tokens, residuals, cotangents):
-    from linscale.kernels.linear_attention.pallas_gpu_phase_kernels import turned_keys, turned_values
+def _on_chip_backward(tokens, spans, residuals, cotangents):
+    from linscale.kernels.linear_attention.pallas_gpu_phase_kernels import turned_keys, turned_states, turned_values
 
     q, k, v, phase, initial_state, segment_ids, docs, start, learned = residuals
     d_out, d_state = cotangents
@@ -56,18 +60,24 @@ def _on_chip_backward(tokens, residuals, cotangents):
     end = None
     if not isinstance(d_state, SymbolicZero):
         even, odd = _halves(d_state)
-        cos, sin = _angle(phase, -tokens % C + 1)
+        cos, sin = _angle(phase, _past_the_end(tokens, spans) + 1)
         end = jnp.stack([cos * even - sin * odd, sin * even + cos * odd], axis=2)
     turned = lambda x: None if x is None else jnp.swapaxes(x, -1, -2)  # noqa: E731
     table, turn = _tables(phase)
     backwards = table[:, :, ::-1], turn
-    sines = learned is not None and start is None and end is None
-    dq, _, *q_sines = turned_values(d_out, v, k, table, turn, turned(start), docs, sines=sines)
-    dk, _, *k_sines = turned_values(v, d_out, q, *backwards, turned(end), docs, reverse=True, sines=sines)
-    dv, before = turned_keys(k, q, d_out, *backwards, end, docs, reverse=True)
+    sines = learned is not None and initial_state is None and end is None
+    if spans == 1:
+        end = None if end is None else end[:, None]
+    else:
+        added = turned_states(q, d_out, *backwards, docs, spans=spans, reverse=True)
+        end = _chain_turned(end, added, tokens, phase, docs, reverse=True)
+    asked = {"spans": spans, "sines": sines}
+    dq, _, *q_sines = turned_values(d_out, v, k, table, turn, turned(start), docs, **asked)
+    dk, _, *k_sines = turned_values(v, d_out, q, *backwards, turned(end), docs, reverse=True, **asked)
+    dv, before = turned_keys(k, q, d_out, *backwards, end, docs, spans=spans, reverse=True)
     d_initial = None
     if initial_state is not None:
-        (cos, sin), x, y = _angle(phase, 1), before[:, :, 0], before[:, :, 1]
+        (cos, sin), x, y = _angle(phase, 1), before[:, 0, :, 0], before[:, 0, :, 1]
         d_initial = jnp.concatenate([cos * x + sin * y, cos * y - sin * x], axis=2)
     d_phase = None
     if sines:
@@ -75,7 +85,7 @@ def _on_chip_backward(tokens, residuals, cotangents):
     elif learned is not None:
         q, k, v, d_out = (x[:, :tokens] for x in (q, k, v, d_out))
         ids = None if segment_ids is None else segment_ids[:, :tokens]
-        cotangents = d_out, None if end is None else d_state
+        cotangents = d_out, None if isinstance(d_state, SymbolicZero) else d_state
         d_phase = _phase_gradient_by_xla(phase, q, k, v, initial_state, ids, cotangents)
     return dq, dk, dv, d_phase, d_initial, None, None
 
@@ -101,6 +111,25 @@ def _phase_gradient(q, k, q_sines, k_sines, segment_ids):
 on_chip.defvjp(_on_chip_forward, _on_chip_backward, symbolic_zeros=True)
 
 
+def _past_the_end(tokens, spans):
+    """How far the last chunk's end is past the last token."""
+    return chunks_of_a_span(tokens, spans) * spans * C - tokens
+
+
+def _chain_turned(state, added, tokens, phase, docs, reverse=False):
+    """The state before each span [B,N,H,2,K,V] (with `reverse` after it); a state X + iY is turned by e^-i angle."""
+    spans = added.shape[1]
+    cos, sin = _angle(phase, chunks_of_a_span(tokens, spans) * C)
+    left = (cos - 1j * sin)[None, None, :, :, 0]  # [1,1,H,K]
+    if docs is not None:
+        survives = docs[:, :, SURVIVES, 0].reshape(docs.shape[0], spans, -1).min(-1)
+        left = left * survives[..., None, None]
+    left = jnp.broadcast_to(left, (left.shape[0], spans, *left.shape[2:]))
+    whole = lambda x: None if x is None else jax.lax.complex(x[..., 0, :, :], x[..., 1, :, :])  # noqa: E731
+    states = chain(whole(state), whole(added), left, reverse=reverse)
+    return jnp.stack([states.real, states.imag], axis=-3)
+
+
 def _halves(state):
     return jnp.split(state, 2, axis=2)
 
@@ -116,28 +145,11 @@ def _angle(phase, steps):
     """cos and sin of steps x theta, [H,K,1]."""
     if steps == 0:
         return jnp.ones(()), jnp.zeros(())
-    return (x[0, -1, :, :, None] for x in _features(phase, steps))
+    return (x[0, 0, :, :, None] for x in _features(phase, 1, first=steps))
 
 
-def as_two_heads(q, k, v, phase, initial_state, without_decay):
-    """out and state; without_decay(q, k, v, initial_state) is the kernel for no decay."""
-    cos, sin = _features(phase, q.shape[1])
-    stack = lambda x: jnp.concatenate([(x * cos).astype(x.dtype), (x * sin).astype(x.dtype)], axis=2)  # noqa: E731
-    before = None
-    if initial_state is not None:  # odd rows sum sin((t - s) theta): of opposite sign to the features at t = 0
-        even, odd = jnp.split(initial_state, 2, axis=2)
-        before = jnp.concatenate([even, -odd], axis=1)
-    out, state = without_decay(stack(q), stack(k), jnp.concatenate([v, v], axis=2), before)
-    with_cos, with_sin = jnp.split(out, 2, axis=2)
-    out = (with_cos.astype(jnp.float32) + with_sin.astype(jnp.float32)).astype(v.dtype)
-
-    even, odd = jnp.split(state, 2, axis=1)
-    cos, sin = (x[0, -1, :, :, None] for x in (cos, sin))
-    return out, jnp.concatenate([cos * even + sin * odd, sin * even - cos * odd], axis=2)
-
-
-def _features(phase_HK, tokens):
-    """cos and sin of (t+1) theta, [1,T,H,K] float32.
+def _features(phase_HK, tokens, first=1):
+    """cos and sin of t theta for `tokens` tokens t from `first` on, [1,T,H,K] float32.
 
     The angle is kept as a fraction of a turn in 32 bits, whose overflow is the wanted remainder: t theta in float32
     would be off by 0.01 at t = 100,000.
@@ -154,31 +166,9 @@ def _features(phase_HK, tokens):
     unit = (jnp.abs(part) * 2.0**32).astype(jnp.uint32)
     unit = jnp.where(part < 0, jnp.uint32(0) - unit, unit)
     unit = unit + jnp.round((error + theta * rest) * 2.0**32).astype(jnp.int32).view(jnp.uint32)
-    t = jnp.arange(1, tokens + 1, dtype=jnp.uint32)
+    t = jnp.arange(first, first + tokens, dtype=jnp.uint32)
     angle = (t[:, None, None] * unit).view(jnp.int32).astype(jnp.float32) * (2 * math.pi / 2**32)
     return jnp.cos(angle)[None], jnp.sin(angle)[None]
-
-
-@functools.partial(jax.custom_vjp)
-def learn(out, state, phase, q, k, v, initial_state, segment_ids):
-    """(out, state), through which alone the gradient of phase flows: by XLA, and only where it is asked for."""
-    return out, state
-
-
-def _learn_forward(*args):
-    out, state, *rest = jax.tree.map(lambda x: x.value, args, is_leaf=lambda x: hasattr(x, "perturbed"))
-    return (out, state), rest if args[2].perturbed else None
-
-
-def _learn_backward(residuals, cotangents):
-    d_out, d_state = (None if isinstance(d, SymbolicZero) else d for d in cotangents)
-    d_phase = None
-    if residuals is not None:
-        d_phase = _phase_gradient_by_xla(*residuals, (d_out, d_state))
-    return d_out, d_state, d_phase, None, None, None, None, None
-
-
-learn.defvjp(_learn_forward, _learn_backward, symbolic_zeros=True)
 
 
 def _phase_gradient_by_xla(phase, q, k, v, initial_state, segment_ids, cotangents):

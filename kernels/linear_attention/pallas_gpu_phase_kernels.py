@@ -13,7 +13,6 @@ Letters: B batch, T tokens, H heads, K channels that have a phase, V channels th
 """
 
 import functools
-import math
 
 import jax
 import jax.numpy as jnp
@@ -28,11 +27,11 @@ from linscale.kernels.linear_attention.pallas_gpu_scalar import (
     LAST,
     ROWS,
     C,
+    Walk,
     Zero,
     call,
     iota,
     load,
-    load_global,
     ring,
     tiles,
 )
@@ -56,7 +55,7 @@ def _causal(scores, reverse, doc_s):
     return scores.astype(BF)
 
 
-def _sweep(q, k, v, table, turn, initial, docs, reverse, stages, make, sines=False):
+def _sweep(q, k, v, table, turn, initial, docs, spans, reverse, stages, make, sines=False):
     """What both kernels share: arguments, the ring of q, k, v, the state in two parts X, Y and its turning.
 
     make(refs, barriers, warpgroup, (X, Y), reverse, release) -> out, X, Y of one chunk, X and Y not turned yet; it calls
@@ -67,7 +66,8 @@ def _sweep(q, k, v, table, turn, initial, docs, reverse, stages, make, sines=Fal
     keys_turn = make is _keys_chunk
     half = v.shape[-1] // 2
     height = k.shape[-1]  # of each part of the state
-    chunks = math.ceil(T / C)
+    walk = Walk(T, spans)
+    chunks = walk.chunks
     stages = min(stages, chunks)
     documents, start_state = docs is not None, initial is not None
 
@@ -82,14 +82,14 @@ def _sweep(q, k, v, table, turn, initial, docs, reverse, stages, make, sines=Fal
             *refs,
             *([None] if not documents else []),
         )
-        b, h, wg = (lax.axis_index(a) for a in ("b", "h", "wg"))
+        b, span, h, wg = (lax.axis_index(a) for a in ("b", "n", "h", "wg"))
         mine = pl.ds(wg * half, half)
 
         @pl.when(wg < 2)
         def _compute():
             plgpu.set_max_registers(240, action="increase")
             if start_state:
-                X, Y = (load_global(initial_g.at[b, h, part, :, mine]) for part in range(2))
+                X, Y = (rows.load_state(initial_g.at[b, span, h, part, :, mine], (height, half)) for part in range(2))
             else:
                 X, Y = (plgpu.layout_cast(jnp.zeros((height, half), F32), ROWS) for _ in range(2))
             x_s.at[wg][...] = X.astype(BF)
@@ -101,7 +101,7 @@ def _sweep(q, k, v, table, turn, initial, docs, reverse, stages, make, sines=Fal
 
             def chunk(t, state):
                 slot = lax.rem(t, jnp.int32(stages))
-                n = chunks - 1 - t if reverse else t
+                start = walk.start(span, t, reverse)
                 *state, zero = state
                 plgpu.barrier_wait(full.at[slot])
                 doc_s = docs_s.at[slot] if documents else None
@@ -117,26 +117,26 @@ def _sweep(q, k, v, table, turn, initial, docs, reverse, stages, make, sines=Fal
                 own_s = (s.at[zero] for s in more_s)
                 refs = (*ring_s, x_s, y_s, cos_s, sin_s, doc_s, *own_s)
                 out, X, Y = make(refs, (ready, free), wg + zero, state, reverse, release)
-                along = 0 if keys_turn else 1
-                at = pl.ds(0, height) if keys_turn else mine
-                cos, sin = (_across(turn_s.at[part, at], (height, half), along) for part in range(2))
-                X, Y = X * cos + Y * sin, Y * cos - X * sin
                 if sines:  # its place is read no more in this chunk
                     out, sine = out
                     sine_s = more_s[0].at[zero, wg]
                     sine_s[...] = sine.astype(BF)
                 v_s.at[slot, wg][...] = out.astype(BF)
+                along = 0 if keys_turn else 1
+                at = pl.ds(0, height) if keys_turn else mine
+                cos, sin = (_across(turn_s.at[part, at], (height, half), along) for part in range(2))
+                X, Y = X * cos + Y * sin, Y * cos - X * sin
                 x_s.at[wg][...] = X.astype(BF)
                 y_s.at[wg][...] = Y.astype(BF)
                 plgpu.commit_smem()
-                plgpu.copy_smem_to_gmem(v_s.at[slot, wg], o_g.at[b, pl.ds(n * C, C), h, mine])
+                plgpu.copy_smem_to_gmem(v_s.at[slot, wg], o_g.at[b, pl.ds(start, C), h, mine])
                 if sines:
-                    plgpu.copy_smem_to_gmem(sine_s, sine_g.at[b, pl.ds(n * C, C), h, mine])
+                    plgpu.copy_smem_to_gmem(sine_s, sine_g.at[b, pl.ds(start, C), h, mine])
                 return X, Y, Zero.next(zero, t)
 
             X, Y, _ = lax.fori_loop(0, chunks, chunk, (X, Y, Zero.start(turn_g[h, 0, 0])))
-            final_g.at[b, h, 0, :, mine][...] = X
-            final_g.at[b, h, 1, :, mine][...] = Y
+            final_g.at[b, span, h, 0, :, mine][...] = X
+            final_g.at[b, span, h, 1, :, mine][...] = Y
             if keys_turn:
                 plgpu.barrier_wait(free)
             plgpu.wait_smem_to_gmem(0)
@@ -148,15 +148,15 @@ def _sweep(q, k, v, table, turn, initial, docs, reverse, stages, make, sines=Fal
             plgpu.copy_gmem_to_smem(turn_g.at[h], turn_s, tables)
 
             def fetch(t, slot):
-                n = chunks - 1 - t if reverse else t
-                at = pl.ds(n * C, C)
+                start = walk.start(span, t, reverse)
+                at = pl.ds(start, C)
                 plgpu.copy_gmem_to_smem(q_g.at[b, at, h], q_s.at[slot], full.at[slot])
                 plgpu.copy_gmem_to_smem(k_g.at[b, at, h], k_s.at[slot], full.at[slot])
                 for w in range(2):
                     source = v_g.at[b, at, h, pl.ds(w * half, half)]
                     plgpu.copy_gmem_to_smem(source, v_s.at[slot, w], full.at[slot])
                 if documents:
-                    plgpu.copy_gmem_to_smem(docs_g.at[b, n], docs_s.at[slot], full.at[slot])
+                    plgpu.copy_gmem_to_smem(docs_g.at[b, start // C], docs_s.at[slot], full.at[slot])
 
             ring(fetch, chunks, stages, empty)
 
@@ -175,32 +175,119 @@ def _sweep(q, k, v, table, turn, initial, docs, reverse, stages, make, sines=Fal
     ]
     if documents:
         scratch.append(plgpu.SMEM((stages, 4, C), BF))
-    out_type = [jax.ShapeDtypeStruct(v.shape, BF), jax.ShapeDtypeStruct((B, H, 2, height, v.shape[-1]), F32)]
+    out_type = [jax.ShapeDtypeStruct(v.shape, BF), jax.ShapeDtypeStruct((B, spans, H, 2, height, v.shape[-1]), F32)]
     if sines:
         out_type.append(jax.ShapeDtypeStruct(v.shape, BF))
-    if documents:  # whole numbers up to 63, and only what is read: shared memory is full
-        docs = (docs[:, :, LAST:] if reverse else jnp.delete(docs, LAST, axis=2)).astype(BF)
+    docs = _rows_read(docs, reverse)
     inputs = [x for x in (q, k, v, table, turn, initial, docs) if x is not None]
     name = "linear_attention_turned_" + ("keys" if keys_turn else "values")
-    return call(body, name, out_type, scratch, (B, H))(*inputs)
+    return call(body, name, out_type, scratch, (B, spans, H))(*inputs)
 
 
-def turned_keys(q, k, v, table, turn, initial, docs, *, reverse=False, stages=2):
-    """out [B,T,H,V] and the state after the last chunk [B,H,2,K,V] (before the first with `reverse`).
+def _rows_read(docs, reverse):
+    """Whole numbers up to 63, and only what is read: shared memory is full."""
+    if docs is None:
+        return None
+    return (docs[:, :, LAST:] if reverse else jnp.delete(docs, LAST, axis=2)).astype(BF)
+
+
+def turned_keys(q, k, v, table, turn, initial, docs, *, spans=1, reverse=False, stages=2):
+    """out [B,T,H,V] and the state after each span [B,N,H,2,K,V] (before each with `reverse`).
 
     q, k [B,T,H,K], v [B,T,H,V] bfloat16; table [2,H,C,K] bfloat16, turn [H,2,K] float32: see pallas_gpu_phase.tables;
-    initial [B,H,2,K,V] float32 or None; docs [B,chunks,5,C] float32 or None.
+    initial [B,N,H,2,K,V] float32 or None; docs [B,chunks,5,C] float32 or None.
     """
-    return _sweep(q, k, v, table, turn, initial, docs, reverse, stages, _keys_chunk)
+    return _sweep(q, k, v, table, turn, initial, docs, spans, reverse, stages, _keys_chunk)
 
 
-def turned_values(a, b, w, table, turn, initial, docs, *, reverse=False, sines=False, stages=2):
-    """out [B,T,H,K] and the state [B,H,2,V,K]; a, b [B,T,H,V], w [B,T,H,K]. Otherwise as `turned_keys`.
+def turned_values(a, b, w, table, turn, initial, docs, *, spans=1, reverse=False, sines=False, stages=2):
+    """out [B,T,H,K] and the state [B,N,H,2,V,K]; a, b [B,T,H,V], w [B,T,H,K]. Otherwise as `turned_keys`.
 
     sines: a third result like out, with sin(|t-s| theta_c) for the cosine.
     """
     make = functools.partial(_values_chunk, sines=sines)
-    return _sweep(a, b, w, table, turn, initial, docs, reverse, stages, make, sines)
+    return _sweep(a, b, w, table, turn, initial, docs, spans, reverse, stages, make, sines)
+
+
+def turned_states(k, v, table, turn, docs, *, spans, reverse=False, stages=4):
+    """What each span adds to a state that enters it as zero [B,N,H,2,K,V]; arguments as for `turned_keys`.
+
+    Each warpgroup owns half of the key channels, so that the two never wait for each other.
+    """
+    B, T, H, K = k.shape
+    V, half = v.shape[-1], K // 2
+    walk = Walk(T, spans)
+    stages = min(stages, walk.chunks)
+    documents = docs is not None
+
+    def body(*refs):
+        refs = list(refs)
+        k_g, v_g, table_g, turn_g = (refs.pop(0) for _ in range(4))
+        docs_g = refs.pop(0) if documents else None
+        added_g, k_s, v_s, sin_k_s, cos_s, sin_s, turn_s, full, empty, tables, *docs_s = refs
+        b, span, h, wg = (lax.axis_index(a) for a in ("b", "n", "h", "wg"))
+        own = pl.ds(wg * half, half)
+
+        @pl.when(wg < 2)
+        def _compute():
+            plgpu.set_max_registers(232, action="increase")
+            plgpu.barrier_wait(tables)
+
+            def chunk(t, state):
+                X, Y = state
+                slot = lax.rem(t, jnp.int32(stages))
+                plgpu.barrier_wait(full.at[slot])
+                k_cos, k_sin = k_s.at[slot, :, own], sin_k_s.at[wg]
+                k = load(k_cos)
+                if documents:
+                    writes, survives = docs_s[0].at[slot, READS if reverse else REACHES], docs_s[0].at[slot, SURVIVES]
+                    k = k * _across(writes, (C, half), 0).astype(BF)
+                    X, Y = (x * _across(survives, x.shape, 0) for x in (X, Y))
+                k_sin[...] = k * load(sin_s.at[:, own])
+                k_cos[...] = k * load(cos_s.at[:, own])
+                plgpu.commit_smem()
+
+                def update(refs):
+                    plgpu.wgmma(refs[0], k_cos.transpose((1, 0)), v_s.at[slot])
+                    plgpu.wgmma(refs[1], k_sin.transpose((1, 0)), v_s.at[slot])
+
+                X, Y = pl.run_state(update)((plgpu.ACC.init(X), plgpu.ACC.init(Y)))
+                plgpu.barrier_arrive(empty.at[slot])
+                cos, sin = (_across(turn_s.at[part, own], (half, V), 0) for part in range(2))
+                return X * cos + Y * sin, Y * cos - X * sin
+
+            zero = plgpu.layout_cast(jnp.zeros((half, V), F32), ROWS)
+            for part, x in enumerate(lax.fori_loop(0, walk.chunks, chunk, (zero, zero))):
+                added_g.at[b, span, h, part, own][...] = x
+
+        @pl.when(wg == 2)
+        def _producer():
+            for part, target in enumerate((cos_s, sin_s)):
+                plgpu.copy_gmem_to_smem(table_g.at[part, h], target, tables)
+            plgpu.copy_gmem_to_smem(turn_g.at[h], turn_s, tables)
+
+            def fetch(t, slot):
+                start = walk.start(span, t, reverse)
+                for source, target in ((k_g, k_s), (v_g, v_s)):
+                    plgpu.copy_gmem_to_smem(source.at[b, pl.ds(start, C), h], target.at[slot], full.at[slot])
+                if documents:
+                    plgpu.copy_gmem_to_smem(docs_g.at[b, start // C], docs_s[0].at[slot], full.at[slot])
+
+            ring(fetch, walk.chunks, stages, empty)
+
+    matrix = lambda *shape: plgpu.SMEM(shape, BF, transforms=tiles(shape[-1]))  # noqa: E731
+    scratch = [
+        *(matrix(stages, C, K), matrix(stages, C, V), matrix(2, C, half), matrix(C, K), matrix(C, K)),
+        plgpu.SMEM((2, K), F32),
+        plgpu.Barrier(num_arrivals=2 + documents, num_barriers=stages),
+        plgpu.Barrier(num_arrivals=2, num_barriers=stages),
+        plgpu.Barrier(num_arrivals=3),
+    ]
+    if documents:
+        scratch.append(plgpu.SMEM((stages, 4, C), BF))
+    out_type = jax.ShapeDtypeStruct((B, spans, H, 2, K, V), F32)
+    inputs = [x for x in (k, v, table, turn, _rows_read(docs, reverse)) if x is not None]
+    return call(body, "linear_attention_turned_states", out_type, scratch, (B, spans, H))(*inputs)
 
 
 def _keys_chunk(refs, barriers, wg, state, reverse, release):

@@ -352,3 +352,24 @@ def get_tile_rows(ref, distance, n):
         return _like(registers, (64, n), ROWS.to_mgpu())
 
     return get(ref)
+
+
+def load_state(ref, shape):
+    """[m,n] float32 from device memory; m is a multiple of 64.
+
+    Pallas' own load forms its addresses from numbers that the loop after it then keeps in registers it needs itself.
+    """
+
+    @plgpu.inline_mgpu(arg_types=(plgpu.RefType(),), return_type=_type(shape))
+    def get(_, ref):
+        p, index = _Predicates(), ir.IndexType.get()
+        row = arith.index_cast(index, arith.addi(arith.muli(p.warp, p.number(16)), p.row))
+        column = arith.index_cast(index, p.column)
+        pair = ir.VectorType.get((2,), ir.F32Type.get())
+        registers = np.empty((shape[0] // 64, shape[1] // 8, 2), dtype=object)
+        for m, octet, half in np.ndindex(*registers.shape):
+            at = [arith.addi(row, utils.c(64 * m + 8 * half, index)), arith.addi(column, utils.c(8 * octet, index))]
+            registers[m, octet, half] = vector.load(pair, ref, at)
+        return _like(registers, shape, ROWS.to_mgpu())
+
+    return get(ref)

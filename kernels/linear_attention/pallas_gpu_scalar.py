@@ -22,6 +22,8 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from linscale.kernels.linear_attention import pallas_gpu_rows as rows
+
 C = 64
 BF, F32 = jnp.bfloat16, jnp.float32
 ROWS = plgpu.Layout.WGMMA
@@ -35,12 +37,6 @@ def load(ref, layout=ROWS):
     """jax 0.10 needs the index, 0.11 deprecates it, 0.12 has removed it."""
     old = tuple(int(x) for x in jax.__version__.split(".")[:2]) < (0, 11)
     return plgpu.load(ref, (), layout=layout) if old else plgpu.load(ref, layout=layout)
-
-
-def load_global(ref):
-    old = tuple(int(x) for x in jax.__version__.split(".")[:2]) < (0, 11)
-    index = ((),) if old else ()
-    return plgpu.load(ref, *index, layout=ROWS, optimized=False)
 
 
 def tiles(columns, dtype=BF):
@@ -155,7 +151,7 @@ def forward(q, k, v, rate, initial, docs, *, tokens=None, spans=1, final=True, s
             mask = jnp.where(age >= 0, jnp.exp2(r * jnp.maximum(age, 0.0)), 0.0)
             mine = pl.ds(wg * half, half)
             if start_state:
-                S = load_global(initial_g.at[b, span, h, :, mine])
+                S = rows.load_state(initial_g.at[b, span, h, :, mine], (K, half))
             else:
                 S = plgpu.layout_cast(jnp.zeros((K, half), F32), ROWS)
             s_s.at[wg][...] = S.astype(BF)

@@ -11,6 +11,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from linscale.kernels.linear_attention import pallas_gpu_rows as rows
 from linscale.kernels.linear_attention.pallas_gpu_scalar import (
     BF,
     F32,
@@ -27,7 +28,6 @@ from linscale.kernels.linear_attention.pallas_gpu_scalar import (
     call,
     iota,
     load,
-    load_global,
     ring,
     same_document,
     tiles,
@@ -66,7 +66,7 @@ def backward_kv(q, k, v, do, rate, final, docs, *, tokens=None, spans=1, initial
             m_s[...] = jnp.where(age >= 0, jnp.exp2(r * jnp.maximum(age, 0.0)), 0.0)  # both write the same values
             mine = pl.ds(w * half, half)
             if end_state:
-                G = load_global(final_g.at[b, span, h, :, mine])
+                G = rows.load_state(final_g.at[b, span, h, :, mine], (V, half))
             else:
                 G = plgpu.layout_cast(jnp.zeros((V, half), F32), ROWS)
             g_s.at[w][...] = G.astype(BF)

@@ -27,7 +27,6 @@ from linscale.kernels.linear_attention.pallas_gpu_scalar import (
     along_rows,
     call,
     load,
-    load_global,
     ring,
 )
 
@@ -70,8 +69,9 @@ def forward(q, k, v, log_decay, initial, *, spans=1, save=False, stages=2):
 
         def weigh(slot, wg, zero):
             """Weights this warpgroup's channels; returns its share of the scores inside tiles of 16, [64,16]."""
-            levels = [plgpu.layout_cast(jnp.zeros((C, TILE), F32), ROWS) for _ in range(5)]
-            for part in range(parts):
+
+            def one(part, levels):
+                levels = list(levels)
                 mine = pl.ds(wg * (K // 2) + part * SLICE, SLICE)
                 keys = k_s.at[zero if tied else slot]
                 g = load(g_s.at[slot, :, mine]).astype(F32)
@@ -91,14 +91,18 @@ def forward(q, k, v, log_decay, initial, *, spans=1, save=False, stages=2):
                 q_s.at[slot, :, mine][...] = query.astype(BF)
                 keys.at[:, mine][...] = key.astype(BF)
                 rows.put_tile_rows(whole, total_s.at[:, mine])
-            return rows.select_levels(levels)
+                return tuple(levels)
+
+            none = plgpu.layout_cast(jnp.zeros((C, TILE), F32), ROWS)
+            # A loop here and in the other kernels: unrolled it is no faster and takes twice as long to lower.
+            return rows.select_levels(lax.fori_loop(0, parts, one, (none,) * 5))
 
         @pl.when(wg < 2)
         def _compute():
             plgpu.set_max_registers(232, action="increase")
             values = pl.ds(wg * half, half)
             if start_state:
-                S = load_global(initial_g.at[b, span, h, :, values])
+                S = rows.load_state(initial_g.at[b, span, h, :, values], (K, half))
             else:
                 S = plgpu.layout_cast(jnp.zeros((K, half), F32), ROWS)
             s_s.at[wg][...] = S.astype(BF)

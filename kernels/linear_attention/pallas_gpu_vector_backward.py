@@ -44,7 +44,6 @@ from linscale.kernels.linear_attention.pallas_gpu_scalar import (
     along_rows,
     call,
     load,
-    load_global,
     ring,
 )
 from linscale.kernels.linear_attention.pallas_gpu_scalar import tiles as wide_tiles
@@ -78,7 +77,8 @@ def carry(q, k, do, log_decay, scores, after, *, spans=1, stages=2):
         b, span, h, wg = (lax.axis_index(a) for a in ("b", "n", "h", "wg"))
 
         def weigh(slot):
-            for part in range(parts):
+            @pl.loop(0, parts)
+            def _part(part):
                 mine = pl.ds(wg * (K // 2) + part * SLICE, SLICE)
                 keys = (k_s if tied else k_s.at[slot]).at[:, mine]
                 queries = q_s.at[slot, :, mine]
@@ -89,13 +89,14 @@ def carry(q, k, do, log_decay, scores, after, *, spans=1, stages=2):
                 queries[...] = query.astype(BF)
                 keys[...] = key.astype(BF)
                 rows.put_tile_rows(whole, total_s.at[:, mine])
+
             plgpu.commit_smem()
 
         @pl.when(wg < 2)
         def _compute():
             plgpu.set_max_registers(232, action="increase")
             values = pl.ds(wg * half, half)
-            D = load_global(after_g.at[b, span, h, :, values]) if end_state else constant(0.0, (K, half))
+            D = rows.load_state(after_g.at[b, span, h, :, values], (K, half)) if end_state else constant(0.0, (K, half))
             d_s.at[wg][...] = D.astype(BF)
             plgpu.commit_smem()
             plgpu.barrier_arrive(free)
@@ -228,7 +229,9 @@ def within(q, k, v, do, log_decay, states, grads):
         plgpu.commit_smem()
 
         zero, one = (constant(x, (C, SLICE)) for x in (0.0, 1.0))
-        for s in range(part // SLICE):
+
+        @pl.loop(0, part // SLICE)
+        def _slice(s):
             mine = pl.ds(s * SLICE, SLICE)
             g = load(g_s.at[:, mine]).astype(F32)
             a = jnp.exp(g)
@@ -288,6 +291,7 @@ def within(q, k, v, do, log_decay, states, grads):
             g_s.at[:, mine][...] = dg.astype(g_type)
             if not tied:
                 k_s.at[:, mine][...] = dk.astype(BF)
+
         plgpu.commit_smem()
         for source, target in ((q_s, dq_g), (g_s, dg_g), *([] if tied else [(k_s, dk_g)])):
             plgpu.copy_smem_to_gmem(source, target.at[b, at, h, channels])

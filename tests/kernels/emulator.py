@@ -25,6 +25,7 @@ from linscale.kernels.linear_attention import (
     pallas_gpu_scalar_backward,
     pallas_gpu_vector,
     pallas_gpu_vector_backward,
+    pallas_gpu_vector_states,
 )
 
 MODULES = (
@@ -34,6 +35,7 @@ MODULES = (
     pallas_gpu_scalar_backward,
     pallas_gpu_vector,
     pallas_gpu_vector_backward,
+    pallas_gpu_vector_states,
 )
 PATIENCE = 60  # seconds
 _here = threading.local()
@@ -255,6 +257,7 @@ _ROWS = {
     "causal": lambda x, reverse=False: jnp.triu(x) if reverse else jnp.tril(x),
     "put_tile_rows": lambda x, ref: ref.__setitem__(..., x[::16]),
     "get_tile_rows": _tile_rows,
+    "load_state": lambda ref, shape: jnp.asarray(ref.view),
 }
 
 
