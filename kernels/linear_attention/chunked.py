@@ -33,7 +33,8 @@ def chunked(q, k, v, log_decay, phase, initial_state, segment_ids):
     vector = log_decay is not None and log_decay.ndim == 4
     if initial_state is None:
         rows = channels if phase is None else 2 * channels
-        initial_state = jnp.zeros((batch, heads, rows, v.shape[-1]), accumulate)
+        # Behind a barrier: XLA's CPU compiler (jaxlib 0.10 to 0.12) gets products with a constant of zeros wrong.
+        initial_state = jax.lax.optimization_barrier(jnp.zeros((batch, heads, rows, v.shape[-1]), accumulate))
 
     chunk = min(CHUNK, tokens)
     if vector:  # halving wants a power of two of at least a tile

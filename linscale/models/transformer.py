@@ -91,7 +91,7 @@ class Transformer(nnx.Module):
     def _run_layers(self, x_BTD, segment_ids_BT, cache):
         position = 0 if cache is None else cache["position"]
         start = None if cache is None else cache.get("start")
-        unroll = _unroll(self.model, prefill=cache is not None and x_BTD.shape[1] > 1)
+        unroll = _unroll(self.model, cache is not None, x_BTD.shape[1])
         layer_of, stacks, caches = {}, {}, {}
         for kind, at in layer_indices(self.model).items():
             graphdef, params = nnx.split(self.layers[kind])
@@ -128,10 +128,13 @@ class Transformer(nnx.Module):
         return _run_periods(run, runs, stacks, x_BTD, caches, self.model, unroll)
 
 
-def _unroll(model: Model, prefill: bool) -> int:
-    """Layers in the body of the loop. Prompts of many lengths are compiled: they keep the short program."""
-    all_of_them = jax.default_backend() == "gpu" and not prefill
-    return model.unroll or (model.layers if all_of_them else 1)
+def _unroll(model: Model, cached: bool, tokens: int) -> int:
+    """Layers in the body of the loop. Short programs stay: prompts, which come in many lengths, and cuDNN's attention
+    over packed documents, which compiles for seconds a layer."""
+    if model.unroll:
+        return model.unroll
+    quick = tokens == 1 if cached else model.arch not in ("llama", "hybrid")
+    return model.layers if quick and jax.default_backend() == "gpu" else 1
 
 
 def _run_periods(run, runs, stacks, x_BTD, caches, model, unroll):
