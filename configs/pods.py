@@ -18,11 +18,12 @@ from linscale.config import base
 from linscale.models import sizes
 
 ARCHITECTURES = ("llama", "tnl", "hgrn2", "cosformer2")
-# pod: fsdp, sequence, tensor, micro-batches a step, remat
+# pod: fsdp, sequence, tensor, remat
 PODS = {
-    "v5p128": (128, 1, 1, 1, "full"),
-    "v5e256": (256, 1, 1, 2, "full"),
+    "v5p128": (128, 1, 1, "full"),
+    "v5e256": (256, 1, 1, "full"),
 }
+MICRO_BATCHES = {f"{arch}-7b-v5e256": 2 for arch in ("llama", "tnl", "cosformer2")}  # a step; 1 elsewhere
 RUNGS = (*(f"{arch}-7b-{pod}" for arch in ARCHITECTURES for pod in PODS), "hgrn2-7b-1m-v5p128")
 
 
@@ -55,7 +56,6 @@ def get_config(rung: str):
         config.model.remat = "full"
         return config
     config.train.batch, config.train.sequence = 512, 8192
-    fsdp, sequence, tensor, accumulation, config.model.remat = PODS[pod]
-    config.mesh.fsdp, config.mesh.sequence, config.mesh.tensor = fsdp, sequence, tensor
-    config.train.accumulation = accumulation
+    config.train.accumulation = MICRO_BATCHES.get(rung, 1)
+    config.mesh.fsdp, config.mesh.sequence, config.mesh.tensor, config.model.remat = PODS[pod]
     return config

@@ -85,13 +85,13 @@ def sizes(mesh: configs.Mesh, devices: int) -> dict[str, int]:
     if -1 in asked.values():
         if devices % fixed:
             raise ConfigError(
-                f"config.mesh is {written}, but {fixed} does not divide the {devices} devices here; make the product of "
+                f"config.mesh is {written}, but {fixed} does not divide the {devices} devices; make the product of "
                 "the fixed axes a divisor of them."
             )
         return {name: devices // fixed if size == -1 else size for name, size in asked.items()}
     if fixed != devices:
         raise ConfigError(
-            f"config.mesh is {written}, which is {fixed} devices, but here are {devices}; set one axis to -1 to take "
+            f"config.mesh is {written}, which is {fixed} devices, but there are {devices}; set one axis to -1 to take "
             "the rest."
         )
     return asked

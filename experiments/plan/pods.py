@@ -5,7 +5,7 @@ axis sends of each architecture at T and at 4T tokens a sequence. Prints the tab
     python experiments/plan/pods.py --output plans             # nine compiles of a 7B model, then eight small ones
     python experiments/plan/pods.py --output plans --only 'hgrn2-*'
 
-A plan that is in the folder already is not made again.
+A plan that is in the folder already is not made again; one that fails has its reason on stderr, and the others are made.
 """
 
 import argparse
@@ -24,8 +24,8 @@ GIB = 2**30
 SMALL = ("width=256", "heads=4", "ffn=704", "layers=4", "remat=full")  # 64 channels a head, which the TPU kernels serve
 
 
-def plan(folder: Path, name: str, *argv: str) -> dict:
-    """The JSON of `linscale plan`, with the seconds, processor seconds and peak memory of its process."""
+def plan(folder: Path, name: str, *argv: str) -> dict | None:
+    """The JSON of `linscale plan`, with the seconds, processor seconds and peak memory of its process; None: it failed."""
     file, cost = folder / f"{name}.json", folder / f"{name}.cost.json"
     if not cost.exists():
         began = time.perf_counter()
@@ -34,7 +34,8 @@ def plan(folder: Path, name: str, *argv: str) -> dict:
             child = subprocess.Popen(command, stdout=out)
             _, status, used = os.wait4(child.pid, 0)
         if not file.exists():
-            sys.exit(f"{' '.join(command)} ended with {os.waitstatus_to_exitcode(status)}")
+            print(f"{' '.join(command)} ended with {os.waitstatus_to_exitcode(status)}", file=sys.stderr, flush=True)
+            return None
         numbers = {
             "wall": time.perf_counter() - began,
             "processor": used.ru_utime + used.ru_stime,
@@ -44,7 +45,9 @@ def plan(folder: Path, name: str, *argv: str) -> dict:
     return json.loads(file.read_text())["asked"] | {"cost": json.loads(cost.read_text())}
 
 
-def row(name: str, one: dict) -> str:
+def row(name: str, one: dict | None) -> str:
+    if one is None:
+        return f"| {name} | failed |"
     mesh = " x ".join(str(n) for n in one["mesh"].values())
     bound, train = one.get("bound"), one["config"]["train"]
     cells = [
@@ -96,9 +99,8 @@ def sequence_axis(folder: Path, only: str) -> None:
             options += ["--config.mesh.data=1", "--config.mesh.sequence=4", f"--config.train.sequence={tokens}"]
             recipe = f"--config=configs/demo.py:{arch}-14k"
             one = plan(folder, f"{arch}-{tokens}", recipe, "--topology=v5e:2x2", *options)
-            print(
-                f"| {arch} | {tokens} | {one['sent']['sequence']:,.0f} | {sum(one['sent'].values()):,.0f} |", flush=True
-            )
+            sent = one["sent"] if one else {"sequence": float("nan")}
+            print(f"| {arch} | {tokens} | {sent['sequence']:,.0f} | {sum(sent.values()):,.0f} |", flush=True)
 
 
 def main():

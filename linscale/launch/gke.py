@@ -63,6 +63,7 @@ def _jobset(job: jobs.Job, options) -> dict:
             f"config.output is {job.config.output!r}; on {topology.hosts * options.slices} hosts it must be an absolute "
             "path in a volume that all of them see, as --volume=claim:/runs --config.output=/runs."
         )
+    jobs.check_mesh(job, topology.devices * options.slices)
     labels = {"app.kubernetes.io/name": "linscale", "app.kubernetes.io/instance": job.name}
     metadata = {"name": job.name, "namespace": options.namespace, "labels": dict(labels), "annotations": {}}
     if topology.chip.maker == "tpu":  # a slice is a node pool of its own

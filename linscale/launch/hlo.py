@@ -11,6 +11,8 @@ import re
 
 BYTES = {"pred": 1, "token": 0, "opaque": 0, "c64": 8, "c128": 16, "s4": 0.5, "u4": 0.5}
 
+_END = re.compile(r"\}$|\}, execution_thread=")  # of a computation
+
 
 @dataclasses.dataclass(frozen=True)
 class Instruction:
@@ -104,13 +106,13 @@ def arrays(shape: str) -> list[Array]:
 def parse(text: str) -> Module:
     """compiled.as_text() -> Module. ValueError for text that has no entry computation."""
     computations, entry, current = {}, None, None
-    for line in text.splitlines():
+    for line in _lines(text):
         if current is None:
             header = re.match(r"(ENTRY )?%?([\w.\-]+) (\(.*)?.*\{$", line)
             if header and "=" not in line.split("(")[0] and not line.startswith("HloModule"):
                 current = computations[header.group(2)] = Computation(header.group(2))
                 entry = header.group(2) if header.group(1) else entry
-        elif line.startswith("}"):
+        elif _END.match(line):
             current = None
         elif (instruction := _instruction(line)) is not None:
             current[instruction.name] = instruction
@@ -119,6 +121,18 @@ def parse(text: str) -> Module:
     runs, inside, unknown = {}, set(), []
     _count(computations, entry, 1, runs, inside, unknown, False)
     return Module(computations, entry, tuple(dict.fromkeys(unknown)), runs, frozenset(inside))
+
+
+def _lines(text: str):
+    """The text's lines, those of one instruction joined: what a Pallas kernel says of itself is printed over several."""
+    whole = ""
+    for line in text.splitlines():
+        if whole.startswith(" ") and line and not line.startswith(" ") and not _END.match(line):
+            whole += line
+        else:
+            yield whole
+            whole = line
+    yield whole
 
 
 def _instruction(line: str) -> Instruction | None:

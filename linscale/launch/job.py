@@ -52,6 +52,13 @@ def make(recipe: str, overrides: list[tuple[str, str]], name: str, restarts: int
     return Job(config, recipe, tuple(overrides), host_name("--name", name or derived(config.name)), restarts)
 
 
+def check_mesh(job: Job, devices: int) -> None:
+    """ConfigError where the devices asked for cannot hold the config's mesh, which training would find only there."""
+    from linscale import sharding  # which imports jax
+
+    sharding.check(job.config, devices)
+
+
 def derived(name: str) -> str:
     """A run's name as a job's: lower case, '-' for what is neither letter nor digit, at most 40 characters."""
     return re.sub(r"[^a-z0-9]+", "-", name.lower())[:40].strip("-")

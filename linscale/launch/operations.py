@@ -7,6 +7,7 @@ counts in linscale.scaling.flops are what the model asks for. Element-wise work 
 import math
 
 import jax
+import jax.extend
 
 
 def matrix_flops(jaxpr) -> float:
@@ -26,11 +27,18 @@ def _flops(eqn) -> float:
     if name == "cond":
         return max(inner, default=0.0)
     if name == "pallas_call":
-        return math.prod(n for n in eqn.params["grid_mapping"].grid if isinstance(n, int)) * sum(inner)
+        grid = [n for n in eqn.params["grid_mapping"].grid if isinstance(n, int)]
+        return math.prod(grid) * _computed(str(eqn.params["name"]), grid) * sum(inner)
     if name == "shard_map":
         mesh, manual = eqn.params["mesh"], eqn.params.get("manual_axes") or eqn.params["mesh"].axis_names
         return math.prod(mesh.shape[axis] for axis in manual) * sum(inner)
     return sum(inner)
+
+
+def _computed(kernel: str, grid: list[int]) -> float:
+    """The part of a kernel's grid that computes: splash attention, causal and with square tiles here, skips those above
+    the diagonal."""
+    return (grid[-1] + 1) / (2 * grid[-1]) if "splash" in kernel else 1.0
 
 
 def _inner(eqn):

@@ -12,7 +12,7 @@ from linscale.training import recipes
 HELP = """\
 Compile the train step of a config for a pod that is not here, and say what it would need.
 
-  linscale plan --config=configs/pods.py:hgrn2-7b-v5p --topology v5p:4x4x8
+  linscale plan --config=configs/pods.py:hgrn2-7b-v5p128 --topology v5p:4x4x8
   linscale plan --config=configs/ladder.py:tnl-1b --topology v5e:4x4 --config.train.batch=512 --json plan.json
   linscale plan --config=configs/ladder.py:llama-3b --topology h100:32
 

@@ -54,6 +54,8 @@ def render(job: jobs.Job, options) -> dict[str, str]:
             raise ConfigError(f"--{field.replace('_', '-')} is {getattr(options, field)}; it must be at least {low}.")
     if options.time and not re.fullmatch(r"(\d+-)?\d+(:\d{1,2}){0,2}", options.time):
         raise ConfigError(f"--time is {options.time!r}; it must be like 24:00:00 or 2-00:00:00.")
+    if options.gpus_per_node:  # else how many devices a task will see is not known here
+        jobs.check_mesh(job, options.nodes * options.gpus_per_node)
     folder = os.path.abspath(options.folder)
     header = {
         "job-name": job.name,

@@ -93,6 +93,7 @@ def render(job: jobs.Job, options) -> dict[str, str]:
             f"config.output is {job.config.output!r}; on {topology.hosts} hosts it must be an absolute path of a "
             "folder that all of them see, as --config.output=/mnt/bucket/runs."
         )
+    jobs.check_mesh(job, topology.devices)
     where = [f"--zone={options.zone}"] + [f"--project={options.project}"] * bool(options.project)
     create = [
         "gcloud", "compute", "tpus", "queued-resources", "create", job.name, *where, f"--node-id={job.name}",

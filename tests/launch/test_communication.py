@@ -45,6 +45,15 @@ def test_known_communication(programs, stated):
         assert communication.by_axis(communication.collectives(module, MESH)) == SENT[name], name
 
 
+def test_what_kernels_say_of_themselves_over_several_lines_is_read_over(programs):
+    """As splash attention's compiled programs have it, inside and outside of loops."""
+    said = 'frontend_attributes={kernel_metadata={\n"xprof_metadata":"{\\"block_q\\": 512}"\n}}, metadata='
+    for name, text in programs.items():
+        assert ", metadata=" in text
+        module = hlo.parse(text.replace("metadata=", said))
+        assert communication.by_axis(communication.collectives(module, MESH)) == SENT[name], name
+
+
 def test_a_loop_of_unknown_length_is_named(programs):
     text = re.sub(r'"known_trip_count":\{"n":"\d+"\}', "", programs["counted"])
     module = hlo.parse(text.replace("direction=LT", "direction=NE"))

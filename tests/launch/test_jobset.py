@@ -19,7 +19,7 @@ LABEL = re.compile(r"[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?")
 
 def manifest(tmp_path, *argv) -> dict:
     common = ["launch", "gke", f"--config={RECIPE}", "--config.output=/runs", "--image=i", f"--out={tmp_path}"]
-    assert cli.main([*common, *argv]) == 0
+    assert cli.main([*common, "--config.train.batch=512", *argv]) == 0
     (document,) = yaml.safe_load_all((tmp_path / "tnl-14k.yaml").read_text())
     return document
 

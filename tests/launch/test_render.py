@@ -140,16 +140,15 @@ def test_a_cancelled_job_is_not_queued_again(tmp_path, spied):
 
 def test_tpu_names_of_slices(tmp_path, capsys):
     for topology, kind in (("v5p:4x4x8", "v5p-256"), ("v5e:16x16", "v5litepod-256"), ("v4:2x2x4", "v4-32")):
-        render(
-            "tpu", f"--topology={topology}", "--zone=z", f"--config={RECIPE}", "--config.output=/mnt/r", out=tmp_path
-        )
+        argv = ["tpu", f"--topology={topology}", "--zone=z", f"--config={RECIPE}", "--config.output=/mnt/r"]
+        render(*argv, "--config.train.batch=256", out=tmp_path)
         assert f"--accelerator-type={kind} " in (tmp_path / "launch.sh").read_text()
 
 
 def test_workers_of_a_slice_are_told_to_find_each_other(tmp_path):
     for topology, told in (("v5e:4x4", True), ("v5e:2x2", False)):
         argv = ["tpu", f"--topology={topology}", "--zone=z", f"--config={RECIPE}", "--config.output=/mnt/r"]
-        render(*argv, out=tmp_path)
+        render(*argv, "--config.train.batch=16", out=tmp_path)
         assert ("export LINSCALE_DISTRIBUTED=auto\n" in (tmp_path / "worker.sh").read_text()) is told
 
 
@@ -171,6 +170,12 @@ def test_nothing_is_submitted_by_default(tmp_path, capsys):
         (["gke", "--topology=v5e:4x4", "--image=i"], "must be an absolute path in a volume"),
         (["gke", "--topology=v5e:2x2", "--image=i", "--volume=claim"], "it must be CLAIM:/PATH"),
         (["gke", "--topology=v5e:2x2", "--image=i", "--namespace=A_b"], "--namespace is 'A_b'"),
+        (["tpu", "--topology=v5e:2x2", "--zone=z", "--config.mesh.fsdp=3"], "but 3 does not divide the 4 devices"),
+        (
+            ["gke", "--topology=v5e:2x2", "--image=i", "--slices=4", "--config.output=/r"],
+            "batch is 8, but mesh.data 16",
+        ),
+        (["slurm", "--nodes=2", "--gpus-per-node=8", "--config.mesh.data=8"], "which is 8 devices, but there are 16"),
         (["slurm", "--partition=a b"], "--partition is 'a b'"),
         (["slurm", "--time=tomorrow"], "it must be like 24:00:00"),
         (["slurm", "--nodes=0"], "--nodes is 0; it must be at least 1"),

@@ -110,7 +110,7 @@ def test_the_compiled_step_keeps_no_more_than_its_share():
         (
             (3, 1, 1, 1),
             {},
-            "config.mesh is data 3 x fsdp 1 x sequence 1 x tensor 1, which is 3 devices, but here are 8",
+            "config.mesh is data 3 x fsdp 1 x sequence 1 x tensor 1, which is 3 devices, but there are 8",
         ),
         ((-1, 3, 1, 1), {}, "3 does not divide the 8 devices"),
         ((-1, 1, 1, 1), {"batch": 6}, "config.train.batch is 6"),

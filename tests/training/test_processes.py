@@ -19,8 +19,9 @@ def start(recipe, options, output, processes: int, *more: str) -> list[subproces
         free.bind(("localhost", 0))
         port = free.getsockname()[1]
     command = [sys.executable, "-m", "linscale", "train", f"--config={recipe}:tnl", *options, *more]
-    # A rate at which rounding, which differs with the number of processes, does not grow past 1e-6 of the loss.
-    command += [f"--config.output={output}", "--config.optimizer.learning_rate=1e-3"]
+    # Rounding differs with the number of processes, and training amplifies it: at this rate losses differ by 2e-7 for
+    # 120 steps and by 1e-6 after 250 (at 1e-3, after 98; at last the runs skip different spikes).
+    command += [f"--config.output={output}", "--config.optimizer.learning_rate=1e-4"]
     started = []
     for index in range(processes):
         env = os.environ | {"JAX_PLATFORMS": "cpu"}
@@ -73,17 +74,17 @@ def test_two_processes_train_as_one(recipe, options, exact, tmp_path):
 def test_a_killed_process_ends_its_fellow_and_the_run_continues_in_other_numbers(
     recipe, options, exact, tmp_path, victim
 ):
-    more = ("--config.train.steps=400", "--config.train.checkpoint_every=20")
+    more = ("--config.train.steps=120", "--config.train.checkpoint_every=10")
     finish(start(recipe, options, tmp_path / "one", 1, *more), (0,))
     started = start(recipe, options, tmp_path / "killed", 2, *more)
-    wait_for_lines(tmp_path / "killed", 60, started[0])
+    wait_for_lines(tmp_path / "killed", 20, started[0])
     began = time.monotonic()
     started[victim].send_signal(signal.SIGKILL)
     said = finish([started[1 - victim]], (Restart.code,))
     assert time.monotonic() - began < hosts.HEARTBEAT + 30, said
     started[victim].wait()
     started = start(recipe, options, tmp_path / "killed", 4, *more)
-    wait_for_lines(tmp_path / "killed", 130, started[0])
+    wait_for_lines(tmp_path / "killed", 40, started[0])
     started[2].send_signal(signal.SIGKILL)
     finish([*started[:2], started[3]], (Restart.code,))
     finish(start(recipe, options, tmp_path / "killed", 1, *more), (0,))
