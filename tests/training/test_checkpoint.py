@@ -22,16 +22,16 @@ def saved(make):
     state = jax.jit(functools.partial(step.init, config))()
     folder = run_folder.of(config) / "checkpoints"
     folder.mkdir(parents=True)
-    with checkpoint.open_folder(folder, config) as checkpointer:
-        checkpoint.save(checkpointer, 1, state, {"place": 1})
-        checkpoint.save(checkpointer, 2, jax.tree.map(lambda x: x + 1, state), {"place": 2})
+    with checkpoint.open_folder(folder, config) as series:
+        checkpoint.save(series, 1, state, {"place": 1})
+        checkpoint.save(series, 2, jax.tree.map(lambda x: x + 1, state), {"place": 2})
     return config, state, folder
 
 
 def restored(config, folder):
     abstract = checkpoint.abstract_state(config, make_mesh(config.mesh))
-    with checkpoint.open_folder(folder, config) as checkpointer:
-        return checkpoint.restore(checkpointer, abstract)
+    with checkpoint.open_folder(folder, config) as series:
+        return checkpoint.restore(series, abstract)
 
 
 def same(a, b):
