@@ -2,9 +2,10 @@
 
   python experiments/evaluation/recall.py --out recall.json
 
-Every architecture is trained by the same rule with linscale's own train step: the sequences of a step have 2, 4, 8, ... or
---pairs pairs, drawn at random for each step; short ones share a row, as documents do in training. Only answers are
-scored. For a softmax model two things matter: an initialisation of 0.02, and rotary frequencies whose slowest turns are
+Every architecture is trained by the same rule with linscale's own train step: it begins with sequences of 2 pairs and goes on
+to twice as many when the loss is below 0.2 nats an answer, at the latest after an equal share of the first half of
+--steps; the last half has --pairs. Short sequences share a row, as documents do in training. Only answers are scored.
+For a softmax model two things matter: an initialisation of 0.02, and rotary frequencies whose slowest turns are
 not far longer than the sequences (--rope-base); without both it stays at guessing one of the values it has seen.
 """
 
@@ -53,16 +54,16 @@ def train(arch: str, args) -> dict:
     one_step = jax.jit(lambda state, batch: steps.train_step(config, state, batch), donate_argnums=0)
     rng = np.random.default_rng(args.seed)
     begin, processor, history = time.perf_counter(), time.process_time(), []
-    sizes, losses = [p for p in (2, 4, 8, 16, 32, 64) if p < args.pairs] + [args.pairs], {}
+    sizes = [p for p in (2, 4, 8, 16, 32, 64) if p < args.pairs] + [args.pairs]
+    stage, since, share = 0, 0, args.steps // 2 // max(1, len(sizes) - 1)
     for n in range(1, args.steps + 1):
-        pairs = int(rng.choice(sizes))
-        state, metrics = one_step(state, packed(rng, pairs, args))
-        losses[pairs] = metrics["loss"]
-        if n % args.every == 0 or n == args.steps:
-            seconds = round(time.perf_counter() - begin, 1)
-            history.append({"step": n, "seconds": seconds, "loss": {p: float(losses[p]) for p in sorted(losses)}})
-            shown = ", ".join(f"{p}: {loss:.3f}" for p, loss in history[-1]["loss"].items())
-            print(f"{arch} step {n} ({seconds} s), nats an answer by pairs {shown}", flush=True)
+        state, metrics = one_step(state, packed(rng, sizes[stage], args))
+        if n % args.every == 0:
+            loss, seconds = float(metrics["loss"]), round(time.perf_counter() - begin, 1)
+            history.append({"step": n, "seconds": seconds, "pairs": sizes[stage], "loss": loss})
+            print(f"{arch} step {n} ({seconds} s): {sizes[stage]} pairs, {loss:.3f} nats an answer", flush=True)
+            if stage + 1 < len(sizes) and (loss < 0.2 or n - since >= share):
+                stage, since = stage + 1, n
     tested = [p for p in (2, 4, 8, 16, 32, 64, 128) if p <= 2 * args.pairs]
     table = {p: recall.accuracy(config.model, state.params, pairs=p, sequences=256, seed=2) for p in tested}
     head = args.width // args.heads
@@ -86,9 +87,9 @@ def main():
     parser.add_argument("--layers", type=int, default=2)
     parser.add_argument("--width", type=int, default=64)
     parser.add_argument("--heads", type=int, default=1)
-    parser.add_argument("--batch", type=int, default=16, help="rows of 4 * pairs tokens")
-    parser.add_argument("--steps", type=int, default=2000)
-    parser.add_argument("--every", type=int, default=100)
+    parser.add_argument("--batch", type=int, default=8, help="rows of 4 * pairs tokens")
+    parser.add_argument("--steps", type=int, default=1000)
+    parser.add_argument("--every", type=int, default=20)
     parser.add_argument("--lr", type=float, default=1e-3)
     parser.add_argument("--init-std", type=float, default=0.02)
     parser.add_argument("--weight-decay", type=float, default=0.0)

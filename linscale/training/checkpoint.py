@@ -33,7 +33,7 @@ import numpy as np
 from orbax.checkpoint.experimental import v1 as ocp
 
 from linscale import sharding
-from linscale.config import Config, ConfigError
+from linscale.config import Config, ConfigError, Restart
 from linscale.training import hosts, run_folder, small_state
 from linscale.training.metrics import say
 from linscale.training.small_state import sums
@@ -162,6 +162,7 @@ def _raised_and_not_printed() -> Iterator[None]:
     def hook(found) -> None:
         code = getattr(found.object, "cr_code", None)  # reads that nobody waits for once the first one has failed
         late = str(found.exc_value) == "Event loop is closed"  # reads and writes that end after that
+        late = late or isinstance(found.exc_value, Restart)  # SIGTERM within a callback; stopping.py remembers it
         if not late and not (code and f"{os.sep}orbax{os.sep}" in code.co_filename):
             before(found)
 

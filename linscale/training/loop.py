@@ -76,6 +76,8 @@ def _train(config: Config, corpus, run: dict, label: str, note, sigterm, tick) -
         abstract = checkpoint.abstract_state(config, mesh)
         say(f"{label}: compiling, {run['parameters']['total']:,} parameters on {sharding.describe(mesh)}")
         train_step, eval_step, from_nothing = compile_programs(config, abstract, mesh)
+        # One may have found its programs in a cache that the other lacks; collectives wait 30 s for their first meeting.
+        hosts.wait_for_all(hosts.TURN)
         first, state, position, how = start.first(config, series, abstract, from_nothing)
         if position:
             seek(batches, position, first, config)
