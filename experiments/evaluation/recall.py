@@ -3,9 +3,8 @@
   python experiments/evaluation/recall.py --out recall.json
 
 Every architecture is trained by the same rule with linscale's own train step: it begins with sequences of 2 pairs and goes on
-to twice as many when the loss is below 0.2 nats an answer, at the latest after an equal share of the first half of
---steps; the last half has --pairs. Short sequences share a row, as documents do in training. Only answers are scored.
-For a softmax model two things matter: an initialisation of 0.02, and rotary frequencies whose slowest turns are
+to twice as many, up to --pairs, whenever the loss is below 0.2 nats an answer, for --steps steps. Short sequences share a
+row, as documents do in training. Only answers are scored. For a softmax model two things matter: an initialisation of 0.02, and rotary frequencies whose slowest turns are
 not far longer than the sequences (--rope-base); without both it stays at guessing one of the values it has seen.
 """
 
@@ -55,15 +54,14 @@ def train(arch: str, args) -> dict:
     rng = np.random.default_rng(args.seed)
     begin, processor, history = time.perf_counter(), time.process_time(), []
     sizes = [p for p in (2, 4, 8, 16, 32, 64) if p < args.pairs] + [args.pairs]
-    stage, since, share = 0, 0, args.steps // 2 // max(1, len(sizes) - 1)
+    stage = 0
     for n in range(1, args.steps + 1):
         state, metrics = one_step(state, packed(rng, sizes[stage], args))
         if n % args.every == 0:
             loss, seconds = float(metrics["loss"]), round(time.perf_counter() - begin, 1)
             history.append({"step": n, "seconds": seconds, "pairs": sizes[stage], "loss": loss})
             print(f"{arch} step {n} ({seconds} s): {sizes[stage]} pairs, {loss:.3f} nats an answer", flush=True)
-            if stage + 1 < len(sizes) and (loss < 0.2 or n - since >= share):
-                stage, since = stage + 1, n
+            stage += loss < 0.2 and stage + 1 < len(sizes)
     tested = [p for p in (2, 4, 8, 16, 32, 64, 128) if p <= 2 * args.pairs]
     table = {p: recall.accuracy(config.model, state.params, pairs=p, sequences=256, seed=2) for p in tested}
     head = args.width // args.heads
@@ -88,7 +86,7 @@ def main():
     parser.add_argument("--width", type=int, default=64)
     parser.add_argument("--heads", type=int, default=1)
     parser.add_argument("--batch", type=int, default=8, help="rows of 4 * pairs tokens")
-    parser.add_argument("--steps", type=int, default=1000)
+    parser.add_argument("--steps", type=int, default=2000)
     parser.add_argument("--every", type=int, default=20)
     parser.add_argument("--lr", type=float, default=1e-3)
     parser.add_argument("--init-std", type=float, default=0.02)

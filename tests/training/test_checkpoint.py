@@ -3,12 +3,13 @@
 import functools
 import random
 import shutil
+import sys
 
 import jax
 import numpy as np
 import pytest
 
-from linscale.config import ConfigError
+from linscale.config import ConfigError, Restart
 from linscale.evaluation import runs
 from linscale.scaling import flops
 from linscale.sharding import make_mesh
@@ -132,6 +133,21 @@ def test_a_copy_is_taken_before_the_state_is_donated(make):
         for _ in range(5):
             state = change(state)
     assert same(restored(config, folder)[1], expected)
+
+
+def test_a_signal_that_falls_into_a_callback_is_not_printed_as_a_traceback(make, monkeypatch):
+    """Python swallows what a handler raises there; stopping.Sigterm remembers that the signal came."""
+    printed = []
+    monkeypatch.setattr(sys, "unraisablehook", lambda found: printed.append(str(found.exc_value)))
+    with checkpoint.open_folder(run_folder.of(config := make("tnl")) / "checkpoints", config):
+        for error in (Restart("SIGTERM came"), ValueError("another")):
+
+            class Callback:
+                def __del__(self, error=error):
+                    raise error
+
+            Callback()
+    assert printed == ["another"]
 
 
 def test_when_none_can_be_read_nothing_is_touched(saved):
