@@ -4,8 +4,8 @@
 
 Every architecture is trained by the same rule with linscale's own train step: it begins with sequences of 2 pairs and goes on
 to twice as many, up to --pairs, whenever the loss is below 0.2 nats an answer, for --steps steps. Short sequences share a
-row, as documents do in training. Only answers are scored. For a softmax model two things matter: an initialisation of 0.02, and rotary frequencies whose slowest turns are
-not far longer than the sequences (--rope-base); without both it stays at guessing one of the values it has seen.
+row, as documents do in training. Only answers are scored. An initialisation of 0.125 kept
+the softmax model at guessing one of the values that it had seen (with --rope-base 100 and 10,000); 0.02 did not.
 """
 
 import argparse
