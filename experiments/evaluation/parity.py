@@ -5,7 +5,8 @@
 RUN is a LLaMA that linscale trained. It is exported, HFLM loads the export, and both answer the same requests of the
 paper's tasks on the CPU with the same number of threads. Prints a table: the largest difference of a log-likelihood,
 greedy flags that differ, scores, and seconds (wall and processor) of both. "again" is a second pass over the same
-requests, after everything has been compiled.
+requests, after everything has been compiled. With --float64 HFLM answers once more, its float32 logits taken to
+log-likelihoods and summed in float64 (softmax_dtype), and the distance of both from that is told, instead of "again".
 
 Needs torch, transformers and lm-eval.
 """
@@ -93,6 +94,7 @@ def main():
     parser.add_argument("--limit", type=int, default=200)
     parser.add_argument("--threads", type=int, default=os.cpu_count())
     parser.add_argument("--hf-batch", type=int, default=8)
+    parser.add_argument("--float64", action="store_true", help="tell how far both are from sums in float64")
     parser.add_argument("--out", default="parity.json")
     args = parser.parse_args()
 
@@ -128,8 +130,16 @@ def main():
     for task in tasks.load(names, args.data_dir, args.limit):
         got, wall, processor = answers(ours, task, args.limit)
         want, their_wall, their_processor = answers(theirs, task, args.limit)
-        _, again, again_processor = answers(ours, task, args.limit)
         row = compare(task.config.task, got, want)
+        if args.float64:
+            theirs.softmax_dtype = torch.float64
+            exact, again, again_processor = answers(theirs, task, args.limit)
+            theirs.softmax_dtype = None
+            apart = [compare("", one, exact)["largest_difference"] for one in (got, want)]
+            row["from_float64"] = dict(zip(("ours", "HFLM"), apart))
+            print(f"from HFLM's logits summed in float64: {row['from_float64']}", flush=True)
+        else:
+            _, again, again_processor = answers(ours, task, args.limit)
         row |= {"wall": [wall, again, their_wall], "processor": [processor, again_processor, their_processor]}
         rows.append(row)
         print(line(row), flush=True)

@@ -2,8 +2,10 @@
 
   python experiments/evaluation/recall.py --out recall.json
 
-Every architecture is trained by the same rule with linscale's own train step: it begins with 2 pairs and goes on to
-twice as many whenever 9 of 10 answers are right, up to --pairs, for --steps steps at most.
+Every architecture is trained by the same rule with linscale's own train step: it begins with sequences of 2 pairs and goes on
+to twice as many, up to --pairs, whenever the loss is below 0.2 nats an answer, for --steps steps. Short sequences share a
+row, as documents do in training. Only answers are scored. An initialisation of 0.125 kept
+the softmax model at guessing one of the values that it had seen (with --rope-base 100 and 10,000); 0.02 did not.
 """
 
 import argparse
@@ -30,9 +32,19 @@ def config_of(arch: str, args):
     config.model.rope_base = args.rope_base
     config.optimizer.weight_decay = args.weight_decay
     config.train.batch, config.train.sequence, config.train.steps = args.batch, 4 * args.pairs, args.steps
+    config.train.spike_sigma = 0.0  # gradients differ with the number of pairs
     config.optimizer.learning_rate = args.lr
     config.optimizer.warmup_tokens = args.batch * 4 * args.pairs * 50
     return resolve(config)
+
+
+def packed(rng: np.random.Generator, pairs: int, args) -> dict[str, np.ndarray]:
+    """A batch of always the same shape [B,T]: T = 4 tokens for each of --pairs, in sequences of 4 * pairs."""
+    shape = (args.batch, 4 * args.pairs)
+    one = recall.batch(rng, args.batch * args.pairs // pairs, pairs, args.vocab)
+    out = {name: np.pad(x, ((0, 0), (0, 1))).reshape(shape) for name, x in one.items()}
+    out["segment_ids"] = np.broadcast_to(1 + np.arange(shape[1], dtype=np.int32) // (4 * pairs), shape)
+    return out
 
 
 def train(arch: str, args) -> dict:
@@ -40,17 +52,16 @@ def train(arch: str, args) -> dict:
     state = jax.jit(lambda: steps.init(config))()
     one_step = jax.jit(lambda state, batch: steps.train_step(config, state, batch), donate_argnums=0)
     rng = np.random.default_rng(args.seed)
-    begin, history, pairs = time.perf_counter(), [], 2
+    begin, processor, history = time.perf_counter(), time.process_time(), []
+    sizes = [p for p in (2, 4, 8, 16, 32, 64) if p < args.pairs] + [args.pairs]
+    stage = 0
     for n in range(1, args.steps + 1):
-        state, metrics = one_step(state, recall.batch(rng, args.batch, pairs, args.vocab))
-        if n % args.every == 0 or n == args.steps:
-            got = recall.accuracy(config.model, state.params, pairs=pairs, sequences=64, seed=n)
-            history.append({"step": n, "pairs": pairs, "loss": float(metrics["loss"]), "accuracy": got})
-            print(f"{arch} step {n}: {pairs} pairs, loss {history[-1]['loss']:.3f}, accuracy {got:.3f}", flush=True)
-            if got > (0.9 if pairs < args.pairs else 0.995):
-                if pairs == args.pairs:
-                    break
-                pairs = min(2 * pairs, args.pairs)
+        state, metrics = one_step(state, packed(rng, sizes[stage], args))
+        if n % args.every == 0:
+            loss, seconds = float(metrics["loss"]), round(time.perf_counter() - begin, 1)
+            history.append({"step": n, "seconds": seconds, "pairs": sizes[stage], "loss": loss})
+            print(f"{arch} step {n} ({seconds} s): {sizes[stage]} pairs, {loss:.3f} nats an answer", flush=True)
+            stage += loss < 0.2 and stage + 1 < len(sizes)
     tested = [p for p in (2, 4, 8, 16, 32, 64, 128) if p <= 2 * args.pairs]
     table = {p: recall.accuracy(config.model, state.params, pairs=p, sequences=256, seed=2) for p in tested}
     head = args.width // args.heads
@@ -59,8 +70,9 @@ def train(arch: str, args) -> dict:
         "parameters": int(sum(x.size for x in jax.tree.leaves(state.params))),
         "state": None if arch == "llama" else args.layers * args.heads * head * head,
         "accuracy": table,
-        "steps": n,
-        "seconds": round(time.perf_counter() - begin, 1),
+        "steps": args.steps,
+        "seconds": history[-1]["seconds"],
+        "processor_seconds": round(time.process_time() - processor, 1),
         "history": history,
     }
 
@@ -72,14 +84,14 @@ def main():
     parser.add_argument("--vocab", type=int, default=256)
     parser.add_argument("--layers", type=int, default=2)
     parser.add_argument("--width", type=int, default=64)
-    parser.add_argument("--heads", type=int, default=4)
-    parser.add_argument("--batch", type=int, default=64)
-    parser.add_argument("--steps", type=int, default=3000)
-    parser.add_argument("--every", type=int, default=50)
-    parser.add_argument("--lr", type=float, default=2e-3)
-    parser.add_argument("--init-std", type=float, default=0.125)
+    parser.add_argument("--heads", type=int, default=1)
+    parser.add_argument("--batch", type=int, default=8, help="rows of 4 * pairs tokens")
+    parser.add_argument("--steps", type=int, default=2000)
+    parser.add_argument("--every", type=int, default=20)
+    parser.add_argument("--lr", type=float, default=1e-3)
+    parser.add_argument("--init-std", type=float, default=0.02)
     parser.add_argument("--weight-decay", type=float, default=0.0)
-    parser.add_argument("--rope-base", type=float, default=10_000.0)
+    parser.add_argument("--rope-base", type=float, default=100.0)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", default="")
     args = parser.parse_args()

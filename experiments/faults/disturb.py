@@ -37,11 +37,12 @@ def place(case):
 
 
 def whole_steps(run: Path) -> list[int]:
-    """Steps of the checkpoints that are complete on disk, sorted: orbax writes the mark last."""
+    """Steps of the checkpoints that are complete on disk, sorted: orbax writes the mark last, a small state's
+    folder gets its name last."""
     return sorted(
         int(path.parent.name)
-        for path in run.glob("checkpoints/[0-9]*/commit_success.txt")
-        if path.parent.name.isdigit()
+        for path in run.glob("checkpoints/[0-9]*/*")
+        if path.parent.name.isdigit() and path.name in ("commit_success.txt", "state.safetensors")
     )
 
 
@@ -81,7 +82,7 @@ def phase(case, attempt: int, evaluations: set[int]) -> str:
     run, said, last = case.run, case.said(attempt), last_line(case.run)
     if (run / "DONE.json").exists():
         return "after the last step"
-    if any(run.glob("checkpoints/*.orbax-checkpoint-tmp*")) or _unfinished(run):
+    if any(run.glob("checkpoints/*[0-9].*-tmp*")) or _unfinished(run):
         return "a save"
     corpora = list(Path(case.cache).glob("*/manifest.json"))
     if not corpora and Path(case.cache).exists():

@@ -19,6 +19,10 @@ _DTYPES = {
     "F16": np.dtype(np.float16),
     "BF16": np.dtype(ml_dtypes.bfloat16),
     "I8": np.dtype(np.int8),
+    "U8": np.dtype(np.uint8),
+    "I32": np.dtype(np.int32),
+    "U32": np.dtype(np.uint32),
+    "BOOL": np.dtype(np.bool_),
 }
 _HEADER = 100_000_000  # bytes at most, the format's own limit
 
@@ -41,7 +45,7 @@ def write(path: Path, arrays, metadata: dict[str, str] | None = None) -> None:
     with open(part, "wb") as file:
         file.write(len(text).to_bytes(8, "little") + text)
         for name in arrays:
-            file.write(np.ascontiguousarray(arrays[name]).tobytes())
+            file.write(np.ascontiguousarray(arrays[name]).reshape(-1).view(np.uint8))
         file.flush()
         os.fsync(file.fileno())
     os.replace(part, path)
@@ -49,6 +53,39 @@ def write(path: Path, arrays, metadata: dict[str, str] | None = None) -> None:
 
 def read(path: Path) -> dict[str, np.ndarray]:
     """Name -> array, read-only views of the mapped file. Raises ConfigError where the file is not whole."""
+    header, start = _header(path)
+    size, arrays, end = os.path.getsize(path), {}, 0
+    data = np.memmap(path, np.uint8, "r", offset=start) if size > start else np.zeros(0, np.uint8)
+    try:
+        entries = {name: entry for name, entry in header.items() if name != "__metadata__"}
+        for name, entry in sorted(entries.items(), key=lambda item: item[1]["data_offsets"]):
+            begin, stop = entry["data_offsets"]
+            if entry["dtype"] not in _DTYPES:
+                raise ConfigError(f"{path}: {name} has dtype {entry['dtype']}; it must be {', '.join(_DTYPES)}.")
+            dtype, shape = _DTYPES[entry["dtype"]], tuple(entry["shape"])
+            if begin != end or stop - begin != math.prod(shape) * dtype.itemsize or stop > len(data):
+                raise ConfigError(
+                    f"{path} is corrupt: {name} of shape {shape} should lie in bytes {begin} to {stop} of "
+                    f"{len(data)}; fetch it again."
+                )
+            arrays[name] = data[begin:stop].view(dtype).reshape(shape)
+            end = stop
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        if isinstance(error, ConfigError):
+            raise
+        raise ConfigError(f"{path} is corrupt: its header cannot be read ({error}); fetch it again.") from error
+    if end != len(data):
+        raise ConfigError(f"{path} is corrupt: {len(data) - end} bytes follow its last array; fetch it again.")
+    return arrays
+
+
+def metadata(path: Path) -> dict[str, str]:
+    """What `write` was given as metadata. Raises ConfigError where the header is not whole."""
+    return _header(path)[0].get("__metadata__", {})
+
+
+def _header(path: Path) -> tuple[dict, int]:
+    """(the JSON of the header, byte at which the arrays begin)"""
     size = os.path.getsize(path)
     with open(path, "rb") as file:
         length = int.from_bytes(file.read(8), "little")
@@ -56,28 +93,11 @@ def read(path: Path) -> dict[str, np.ndarray]:
             raise ConfigError(f"{path} is no safetensors file: its header would have {length} bytes; fetch it again.")
         try:
             header = json.loads(file.read(length))
-            entries = {name: entry for name, entry in header.items() if name != "__metadata__"}
-            arrays, end = {}, 0
-            data = np.memmap(path, np.uint8, "r", offset=8 + length) if size > 8 + length else np.zeros(0, np.uint8)
-            for name, entry in sorted(entries.items(), key=lambda item: item[1]["data_offsets"]):
-                begin, stop = entry["data_offsets"]
-                if entry["dtype"] not in _DTYPES:
-                    raise ConfigError(f"{path}: {name} has dtype {entry['dtype']}; it must be {', '.join(_DTYPES)}.")
-                dtype, shape = _DTYPES[entry["dtype"]], tuple(entry["shape"])
-                if begin != end or stop - begin != math.prod(shape) * dtype.itemsize or stop > len(data):
-                    raise ConfigError(
-                        f"{path} is corrupt: {name} of shape {shape} should lie in bytes {begin} to {stop} of "
-                        f"{len(data)}; fetch it again."
-                    )
-                arrays[name] = data[begin:stop].view(dtype).reshape(shape)
-                end = stop
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            if isinstance(error, ConfigError):
-                raise
+        except ValueError as error:
             raise ConfigError(f"{path} is corrupt: its header cannot be read ({error}); fetch it again.") from error
-    if end != len(data):
-        raise ConfigError(f"{path} is corrupt: {len(data) - end} bytes follow its last array; fetch it again.")
-    return arrays
+    if not isinstance(header, dict):
+        raise ConfigError(f"{path} is corrupt: its header is no JSON object; fetch it again.")
+    return header, 8 + length
 
 
 def read_folder(folder: Path) -> dict[str, np.ndarray]:

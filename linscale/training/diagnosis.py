@@ -44,7 +44,7 @@ def first_bad(norms: dict[str, float]) -> str:
 
 
 def stop(
-    config: Config, corpus, checkpointer, mesh, state: step.TrainState, n: int, measured: dict, batch: dict
+    config: Config, corpus, series: checkpoint.Series, mesh, state: step.TrainState, n: int, measured: dict, batch: dict
 ) -> None:
     """Writes the dump of step n, the last of too many skipped in a row, and raises FloatingPointError naming it all."""
     folder = run_folder.of(config) / "stopped" / str(n)
@@ -73,8 +73,8 @@ def stop(
         folder.mkdir(parents=True)
         np.savez(folder / "batch.npz", **whole)
     hosts.wait_for_all()
-    checkpoint.wait(checkpointer)
-    last = checkpointer.latest
+    checkpoint.wait(series)
+    saved = series.steps()
     checkpoint.save_alone(folder / "state", state)
     if hosts.is_first():
         run_folder.write_json(folder / "report.json", report)
@@ -83,7 +83,7 @@ def stop(
         f"{config.name} diverged: steps {n - config.train.skip_limit + 1} to {n} were skipped (gradient norm "
         f"{values['grad_norm']:.4g}, limit {values['norm_limit']:.4g}, loss {values['loss']:.4g}); the first bad "
         f"parameter group is {bad}, the batch of step {n} holds documents {few}; the last checkpoint is "
-        f"{last.step if last else 'none'}; linscale train --replay {folder} computes the step again. Lower "
+        f"{saved[-1] if saved else 'none'}; linscale train --replay {folder} computes the step again. Lower "
         f"config.optimizer.learning_rate, now {config.optimizer.learning_rate}, under another config.name."
     )
 

@@ -26,7 +26,7 @@ from linscale.training import metrics, stopping
 
 JOIN = 300  # seconds that a process waits at its start for all others
 HEARTBEAT = 60  # seconds without a sign of life after which a process counts as lost
-_TURN = 24 * 3600  # seconds that others wait for the first, which may have a corpus to tokenise
+TURN = 24 * 3600  # seconds that others wait for the first, which may have a corpus to tokenise
 _EXPLICIT = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
 _LOST = ("gloo", "nccl", "coordination", "socket closed", "connection reset", "unavailable", "heartbeat", "barrier")
 _barriers = itertools.count()
@@ -115,8 +115,8 @@ def in_turn(action: Callable[[], T]) -> T:
         try:
             return action()
         finally:
-            wait_for_all(_TURN)
-    wait_for_all(_TURN)
+            wait_for_all(TURN)
+    wait_for_all(TURN)
     return action()
 
 

@@ -1,8 +1,9 @@
 """The training loop, to be read from top to bottom: check, restore, iterate, log, evaluate, checkpoint, finish.
 
 Exactness. A run is a function of its config: the same batches, the same steps and the same evaluations, whether or
-not it was killed between. That rests on three orders kept here: metrics up to a step are on disk before the checkpoint
-of that step is begun; the evaluation of a step comes before its checkpoint; DONE.json comes after the last checkpoint.
+not it was killed between. That rests on three orders kept here: metrics up to a step are on disk before anything of the
+checkpoint of that step is; the evaluation of a step comes before its checkpoint; DONE.json comes after the last
+checkpoint.
 """
 
 import functools
@@ -71,11 +72,13 @@ def _train(config: Config, corpus, run: dict, label: str, note, sigterm, tick) -
         host=share,
         hosts=shares,
     )
-    with checkpoint.open_folder(folder / "checkpoints", config) as checkpointer, hosts.ended_with_the_others():
+    with checkpoint.open_folder(folder / "checkpoints", config) as series, hosts.ended_with_the_others():
         abstract = checkpoint.abstract_state(config, mesh)
         say(f"{label}: compiling, {run['parameters']['total']:,} parameters on {sharding.describe(mesh)}")
         train_step, eval_step, from_nothing = compile_programs(config, abstract, mesh)
-        first, state, position, how = start.first(config, checkpointer, abstract, from_nothing)
+        # One may have found its programs in a cache that the other lacks; collectives wait 30 s for their first meeting.
+        hosts.wait_for_all(hosts.TURN)
+        first, state, position, how = start.first(config, series, abstract, from_nothing)
         if position:
             seek(batches, position, first, config)
         if how:
@@ -96,28 +99,27 @@ def _train(config: Config, corpus, run: dict, label: str, note, sigterm, tick) -
                 with jax.transfer_guard("disallow"):  # a hidden transfer would wait for the device
                     state, measured = train_step(state, on_device)
                 if in_flight and record(log, progress, config, *in_flight[:2]):  # read while step n runs
-                    diagnosis.stop(config, corpus, checkpointer, mesh, state, *in_flight)
+                    diagnosis.stop(config, corpus, series, mesh, state, *in_flight)
                 in_flight = (n, measured, batch)
 
                 stops = sigterm.came(n) and n < config.steps
                 evaluates, saves = n in evaluations, is_saved(n) or stops
                 if evaluates or saves:
                     if record(log, progress, config, *in_flight[:2]):
-                        diagnosis.stop(config, corpus, checkpointer, mesh, state, *in_flight)
+                        diagnosis.stop(config, corpus, series, mesh, state, *in_flight)
                     in_flight, began = None, time.perf_counter()
                     if evaluates:
                         tick(f"the evaluation of step {n}")
                         log.heldout(n, heldout_loss(config, corpus, eval_step, state.params, mesh))
                     if saves:
                         tick(f"the checkpoint of step {n}")
-                        log.sync()
                         position = {"workers": config.data.workers, "iterator": batches.get_state()}
-                        checkpoint.save(checkpointer, n, state, position)
+                        checkpoint.save(series, n, state, position, before=log.sync)
                     log.paused(time.perf_counter() - began)
                 if stops:
-                    checkpoint.wait(checkpointer)
+                    checkpoint.wait(series)
                     raise Restart(f"SIGTERM ended {label} after step {n}, which is saved; the same command continues.")
-            checkpoint.wait(checkpointer)
+            checkpoint.wait(series)
             if hosts.is_first():
                 done = log.last_heldout | {"seconds": round(log.seconds, 3)}
                 run_folder.write_json(folder / "DONE.json", done)

@@ -89,8 +89,12 @@ class Log:
         self._interval += seconds
 
     def sync(self) -> None:
-        """Returns when all lines so far are on disk, also if the machine loses power after this."""
-        os.fsync(self._file.fileno())
+        """Returns when all lines so far are on disk, also if the machine loses power after this.
+
+        From any thread, also after `close`, which a save in the background may outlast.
+        """
+        with open(self._file.name, "rb") as file:
+            os.fsync(file.fileno())
 
     def close(self) -> None:
         for _, close in self._views:

@@ -65,13 +65,13 @@ def check(config: Config, fingerprint: str | None = None) -> None:
 
 
 def first(
-    config: Config, checkpointer: checkpoint.Checkpointer, abstract: TrainState, from_nothing
+    config: Config, series: checkpoint.Series, abstract: TrainState, from_nothing
 ) -> tuple[int, TrainState, dict | None, str]:
     """(steps done, state, place in the data or None for its beginning, a sentence on how the run begins).
 
     from_nothing: () -> the state before the first step.
     """
-    if restored := checkpoint.restore(checkpointer, abstract):
+    if restored := checkpoint.restore(series, abstract):
         step, state, position = restored
         return step, state, position, f"continues after step {step}"
     if not config.init.from_run:

@@ -72,12 +72,12 @@ def test_resume_restores_every_bit_of_the_state(make):
     config = make("tnl", **{"train.steps": 10, "train.checkpoint_every": 10})
     loop.train(config)
     abstract = checkpoint.abstract_state(config, make_mesh(config.mesh))
-    with checkpoint.open_folder(run_folder.of(config) / "checkpoints", config) as checkpointer:
-        n, state, position = checkpoint.restore(checkpointer, abstract)
+    with checkpoint.open_folder(run_folder.of(config) / "checkpoints", config) as series:
+        n, state, position = checkpoint.restore(series, abstract)
         assert n == 10 and int(state.step) == 10 and position["workers"] == 0
-        checkpoint.save(checkpointer, 11, state, position)
-        checkpoint.wait(checkpointer)
-        _, copy, _ = checkpoint.restore(checkpointer, abstract)
+        checkpoint.save(series, 11, state, position)
+        checkpoint.wait(series)
+        _, copy, _ = checkpoint.restore(series, abstract)
     assert jax.tree.structure(state) == jax.tree.structure(abstract)
     assert all(map(np.array_equal, jax.tree.leaves(state), jax.tree.leaves(copy)))
 

@@ -76,6 +76,10 @@ def test_a_killed_process_ends_its_fellow_and_the_run_continues_in_other_numbers
 ):
     more = ("--config.train.steps=120", "--config.train.checkpoint_every=10")
     finish(start(recipe, options, tmp_path / "one", 1, *more), (0,))
+    started = start(recipe, options, tmp_path / "killed", 1, *more)
+    wait_for_lines(tmp_path / "killed", 30, started[0])
+    started[0].send_signal(signal.SIGKILL)
+    started[0].wait()
     started = start(recipe, options, tmp_path / "killed", 2, *more)
     wait_for_lines(tmp_path / "killed", 20, started[0])
     began = time.monotonic()
