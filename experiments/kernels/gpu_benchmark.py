@@ -31,20 +31,8 @@ import numpy as np
 ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT), str(Path(__file__).parent)]
 
-from gpu_benchmark_rows import CHECK, Turns, check, draw, load_rows, plot, report, write_row  # noqa: E402
+from gpu_benchmark_rows import CHECK, SHAPES, Turns, check, draw, load_rows, plot, report, write_row  # noqa: E402
 
-SHAPES = [  # batch, tokens, heads, channels; the most wanted first
-    (8, 8192, 16, 128),
-    (16, 2048, 8, 128),
-    (4, 4096, 64, 128),
-    (1, 131072, 16, 128),
-    (8, 2048, 16, 128),
-    (2, 16384, 16, 128),
-    (4, 2048, 16, 128),
-    (1, 8192, 96, 128),
-    (8, 1024, 8, 64),
-    (8, 2048, 32, 256),
-]
 SOFTMAX = (2048, 512, 128, 8192, 1024, 256, 4096, 16384, 32768, 65536)  # tokens, of 65,536 in all, 16 heads
 
 

@@ -143,9 +143,7 @@ def _sweep(q, k, v, table, turn, initial, docs, spans, reverse, stages, make, si
 
         @pl.when(wg == 2)
         def _producer():
-            for part, target in enumerate((cos_s, sin_s)):
-                plgpu.copy_gmem_to_smem(table_g.at[part, h], target, tables)
-            plgpu.copy_gmem_to_smem(turn_g.at[h], turn_s, tables)
+            _fetch_tables(table_g, turn_g, h, cos_s, sin_s, turn_s, tables)
 
             def fetch(t, slot):
                 start = walk.start(span, t, reverse)
@@ -189,6 +187,13 @@ def _rows_read(docs, reverse):
     if docs is None:
         return None
     return (docs[:, :, LAST:] if reverse else jnp.delete(docs, LAST, axis=2)).astype(BF)
+
+
+def _fetch_tables(table_g, turn_g, h, cos_s, sin_s, turn_s, arrived):
+    """A head's factors, once; three copies arrive."""
+    for part, target in enumerate((cos_s, sin_s)):
+        plgpu.copy_gmem_to_smem(table_g.at[part, h], target, arrived)
+    plgpu.copy_gmem_to_smem(turn_g.at[h], turn_s, arrived)
 
 
 def turned_keys(q, k, v, table, turn, initial, docs, *, spans=1, reverse=False, stages=2):
@@ -262,9 +267,7 @@ def turned_states(k, v, table, turn, docs, *, spans, reverse=False, stages=4):
 
         @pl.when(wg == 2)
         def _producer():
-            for part, target in enumerate((cos_s, sin_s)):
-                plgpu.copy_gmem_to_smem(table_g.at[part, h], target, tables)
-            plgpu.copy_gmem_to_smem(turn_g.at[h], turn_s, tables)
+            _fetch_tables(table_g, turn_g, h, cos_s, sin_s, turn_s, tables)
 
             def fetch(t, slot):
                 start = walk.start(span, t, reverse)

@@ -104,7 +104,7 @@ def test_a_folder_may_hold_both_formats_and_one_policy_keeps_both(make, monkeypa
 def test_a_save_that_fails_is_told_by_the_next_one_and_leaves_nothing(saved, monkeypatch):
     config, state, folder = saved
     if small_state._MOST == 0:
-        pytest.skip("orbax's own errors are tried on full disks")
+        pytest.skip("faults of the small form are made here; orbax meets a real full disk in test_full_disk.py")
 
     def fails():
         raise OSError(28, "No space left on device")

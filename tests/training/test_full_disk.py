@@ -7,7 +7,7 @@ import subprocess
 import pytest
 
 from linscale.cli import _sentence
-from linscale.training import checkpoint, loop, run_folder
+from linscale.training import checkpoint, loop, run_folder, small_state
 
 SIZE = 24 * 2**20
 
@@ -24,9 +24,13 @@ def disk(tmp_path):
     subprocess.run(["umount", "-l", folder], check=True)
 
 
-@pytest.mark.parametrize("leave", (0, 70_000))
-def test_full_disk(make, exact, disk, tmp_path, monkeypatch, capfd, leave):
-    """Without a byte left a log line fails; with some left the next save does. In both TensorBoard's files are open."""
+@pytest.mark.parametrize(("most", "leave"), ((small_state._MOST, 0), (small_state._MOST, 70_000), (0, 70_000)))
+def test_full_disk(make, exact, disk, tmp_path, monkeypatch, capfd, most, leave):
+    """Without a byte left a log line fails; with some left the next save does: of the small form, and of orbax (most 0).
+
+    TensorBoard's files are open in all.
+    """
+    monkeypatch.setattr(small_state, "_MOST", most)
     shape = {"train.steps": 40, "train.checkpoint_every": 10}
     loop.train(whole := make("tnl", **shape))
     config, ballast = make("tnl", **shape, **{"output": disk, "log.tensorboard": "true"}), disk / "ballast"
@@ -42,16 +46,16 @@ def test_full_disk(make, exact, disk, tmp_path, monkeypatch, capfd, leave):
                 file.truncate(ballast.stat().st_size - leave)
         return record(log, progress, config, n, measured)
 
-    monkeypatch.setattr(loop, "record", record_and_fill)
-    with pytest.raises(OSError) as raised:
+    with monkeypatch.context() as patch, pytest.raises(OSError) as raised:
+        patch.setattr(loop, "record", record_and_fill)
         loop.train(config)
     assert raised.value.errno == errno.ENOSPC and "no space is left on the disk of" in _sentence(raised.value)
     assert whole_before and checkpoint.steps_in(folder)[-1] >= whole_before[-1]
     said = capfd.readouterr().err
     assert "Traceback" not in said and "Exception" not in said and "ERROR" not in said
-    monkeypatch.undo()
     ballast.unlink()
     newest = checkpoint.steps_in(folder)[-1]
+    assert (folder / str(newest) / small_state.FILE).exists() == (most > 0)
     loop.train(config)
     assert f"continues after step {newest}" in capfd.readouterr().err
     assert exact(run_folder.of(config)) == exact(run_folder.of(whole))
