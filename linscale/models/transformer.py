@@ -73,9 +73,10 @@ class Transformer(nnx.Module):
         self.final_norm = _MIXERS["tnl" if model.arch == "hybrid" else model.arch].norm(model)
 
     def __call__(self, tokens_BT, segment_ids_BT, cache):
-        embedding = self.embedding[...].astype(compute_dtype(self.model))
-        x_BTD = sharding.gather({"embedding": embedding})["embedding"][tokens_BT]
-        x_BTD = sharding.constrain(x_BTD, "batch", "sequence", None)
+        # Rows are cast after they are looked up: the gradient of a row is a sum over all places of its token, and in
+        # bfloat16 that sum would stall; on GPUs it would also be slow, as frequent tokens wait for each other.
+        rows_BTD = sharding.gather({"embedding": self.embedding[...]})["embedding"][tokens_BT]
+        x_BTD = sharding.constrain(rows_BTD.astype(compute_dtype(self.model)), "batch", "sequence", None)
         if cache is not None and "start" in cache and tokens_BT.shape[1] > 1:
             segment_ids_BT, cache = _forget_left_padding(cache, tokens_BT.shape[1])
         new_cache = None if cache is None else cache | {"position": cache["position"] + tokens_BT.shape[1]}

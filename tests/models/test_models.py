@@ -200,3 +200,16 @@ def test_short_rows_do_not_depend_on_how_many_there_are(arch):
     tokens = jax.random.randint(jax.random.key(1), (32, 8), 0, model.vocab_size)
     run = jax.jit(lambda params, tokens: models.forward(model, params, tokens)[0])
     np.testing.assert_allclose(run(params, tokens)[:2], run(params, tokens[:2]), atol=1e-4)
+
+
+def test_gradient_of_a_frequent_token_is_the_sum_over_its_places():
+    """In bfloat16, where adding a small number to a large one changes nothing."""
+    model = small("llama", layers=1, dtype="bfloat16", tied=False)
+    params, places = parameters(model), 4096
+
+    def gradient(rows):
+        tokens, to = np.full((rows, 1), 7, np.int32), jax.random.normal(jax.random.key(1), (model.width,))
+        loss = lambda p: jnp.sum(models.forward(model, p, tokens)[0].astype(jnp.float32) * to)  # noqa: E731
+        return jax.jit(jax.grad(loss))(params)["embedding"][7]
+
+    np.testing.assert_allclose(gradient(places), places * gradient(1), rtol=1e-3, atol=places * 1e-4)
