@@ -1,0 +1,22 @@
+"""Recipe: one rung of configs/books.py with two further seeds, for the noise of a run.
+
+    python experiments/h200_ladder/several.py --config experiments/h200_ladder/seeds.py --jobs 4 --config.data.path='books/*.txt'
+"""
+
+import importlib.util
+from pathlib import Path
+
+_SPEC = importlib.util.spec_from_file_location("books", Path(__file__).resolve().parents[2] / "configs" / "books.py")
+books = importlib.util.module_from_spec(_SPEC)
+_SPEC.loader.exec_module(books)
+
+RUNGS = tuple(f"{arch}-1m-seed{seed}" for seed in (1, 2) for arch in books.ARCHITECTURES)
+
+
+def get_config(rung: str):
+    rest, _, seed = rung.rpartition("-seed")
+    config = books.get_config(rest)
+    config.name = rung
+    config.output = "runs/books_seeds"
+    config.seed = int(seed)
+    return config
