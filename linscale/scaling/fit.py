@@ -121,7 +121,8 @@ def interval(bounds: tuple[float, float]) -> str:
 
 
 def short(number: float) -> str:
-    """61234 -> '61.2k', 2.1e9 -> '2.1B'."""
+    """61234 -> '61.2k', 2.1e9 -> '2.1B', 999,700 -> '1M'."""
+    number = float(f"{number:.3g}")
     for size, letter in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "k")):
         if number >= size:
             return f"{number / size:.3g}{letter}"
