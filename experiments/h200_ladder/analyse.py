@@ -18,9 +18,9 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from linscale.scaling import fit, laws, parametric, runs  # noqa: E402
-from linscale.scaling.appearance import LABELS  # noqa: E402
-from linscale.scaling.flops import PF_DAY  # noqa: E402
+from linscale.scaling import fit, laws, parametric, runs
+from linscale.scaling.appearance import LABELS
+from linscale.scaling.flops import PF_DAY
 
 
 def write(path: Path, rows: list[dict]) -> None:

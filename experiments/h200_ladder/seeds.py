@@ -1,6 +1,6 @@
 """Recipe: one rung of configs/books.py with two further seeds, for the noise of a run.
 
-    python experiments/h200_ladder/several.py --config experiments/h200_ladder/seeds.py --jobs 4 --config.data.path='books/*.txt'
+python experiments/h200_ladder/several.py --config experiments/h200_ladder/seeds.py --jobs 4 --config.data.path='books/*.txt'
 """
 
 import importlib.util

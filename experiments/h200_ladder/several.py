@@ -62,7 +62,10 @@ def main() -> int:
                 continue
             del running[config.name]
             now = time.perf_counter()
-            print(f"{now - began:6.0f} s  {config.name}: exit code {process.returncode} after {now - since:.0f} s", flush=True)
+            print(
+                f"{now - began:6.0f} s  {config.name}: exit code {process.returncode} after {now - since:.0f} s",
+                flush=True,
+            )
             if process.returncode not in (0, 75):
                 failed.append(config)
                 print(tail(config, 6), flush=True)

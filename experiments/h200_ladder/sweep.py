@@ -15,7 +15,9 @@ _SPEC.loader.exec_module(books)
 RATES = {"6m": ("5e-4", "1e-3", "2e-3", "4e-3"), "38m": ("5e-4", "1e-3", "2e-3", "4e-3")}
 RUNGS = tuple(
     f"{arch}-{size}-{rate}-b32" for size, rates in RATES.items() for rate in rates for arch in books.ARCHITECTURES
-) + tuple(f"{arch}-6m-{rate}-b{batch}" for arch in ("llama", "tnl") for batch in (16, 64) for rate in ("1e-3", "2e-3", "4e-3"))
+) + tuple(
+    f"{arch}-6m-{rate}-b{batch}" for arch in ("llama", "tnl") for batch in (16, 64) for rate in ("1e-3", "2e-3", "4e-3")
+)
 
 
 def get_config(rung: str):

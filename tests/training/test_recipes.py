@@ -1,6 +1,8 @@
 import pytest
 
-from linscale.config import ConfigError
+from linscale.config import ARCHITECTURES, ConfigError
+from linscale.models.transformer import layer_indices
+from linscale.scaling.flops import count_parameters
 from linscale.training import recipes
 
 
@@ -74,7 +76,10 @@ def test_bad_recipes(tmp_path, recipe):
     for flag, message in (
         (f"{recipe}:tln", "'tln' is not a rung of the recipe; nearest is tnl"),
         (str(recipe), "names no rung; write .*:RUNG with one of llama, tnl"),
-        (f"{tmp_path}/absent.py:a", "does not exist; shipped recipes are configs/demo.py, configs/ladder.py"),
+        (
+            f"{tmp_path}/absent.py:a",
+            "does not exist; shipped recipes are configs/books.py, configs/demo.py, configs/ladder.py",
+        ),
         (f"{tmp_path}:a", "does not exist"),
     ):
         with pytest.raises(ConfigError, match=message):
@@ -93,6 +98,16 @@ def test_the_paper_ladder_has_all_models():
     configs = recipes.load_ladder("configs/ladder.py", [("data.path", "x.txt")])
     names = [config.name for config in configs]
     assert len(set(names)) == 5 * 6 + 2 * 4 and {"llama-70m", "cosformer2-1b-d2048", "hybrid-7b"} <= set(names)
+
+
+def test_the_ladder_on_books_spans_two_decades_of_each_architecture():
+    configs = recipes.load_ladder("configs/books.py", [("data.path", "x.txt")])
+    for arch in ARCHITECTURES:
+        sizes = [count_parameters(c.model).nonembedding for c in configs if c.model.arch == arch]
+        assert len(sizes) == 6 and sizes == sorted(sizes) and sizes[-1] > 80 * sizes[0]
+    assert all(
+        len(layer_indices(c.model)) == 2 for c in configs if c.model.arch == "hybrid"
+    )  # both kinds at every size
 
 
 def test_a_ladder_can_be_narrowed_and_must_have_distinct_runs(recipe, options):
