@@ -3,7 +3,8 @@
     python experiments/training/step_benchmark.py --layers 24 --width 1024 --ffn 2560 --batch 16 --sequence 2048
 
 The exact step of `linscale train` (float32 master weights, AdamW, clip, bfloat16 compute on accelerators, nothing left
-out) on random tokens with documents of random length packed together (--mean-document 0: one document a row). Each
+out) on random tokens, as unevenly frequent as words are (Zipf), with documents of random length packed together
+(--mean-document 0: one document a row). Each
 architecture runs in a process of its own: wall time of --steps steps after two warm-up steps, the device drained at
 both ends; seconds from the start of the process to the end of the first step; peak memory as the allocator saw it.
 MFU: exact FLOPs (linscale/scaling/flops.py) over the datasheet's dense bfloat16 peak, and over the rate of an
@@ -27,7 +28,8 @@ ARCHITECTURES = ["llama", "tnl", "hgrn2", "cosformer2"]
 def draw(rng, batch, sequence, vocabulary, mean_document):
     import numpy as np
 
-    tokens = rng.integers(vocabulary, size=(batch, sequence + 1)).astype(np.int32)
+    frequency = 1 / np.arange(3, vocabulary + 3)  # even ones would hide what frequent tokens cost the embedding
+    tokens = rng.choice(vocabulary, (batch, sequence + 1), p=frequency / frequency.sum()).astype(np.int32)
     starts = rng.random((batch, sequence)) < (1 / mean_document if mean_document else 0)
     return {
         "tokens": tokens[:, :-1],

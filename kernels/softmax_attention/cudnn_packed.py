@@ -3,14 +3,15 @@
 JAX's public function takes documents only as a mask: [B,1,T,T], 8.6 GB in bfloat16 at 65,536 tokens, and read by every
 head. cuDNN itself takes the offsets and lengths of the documents in each row ("packed layout"); JAX holds that path in
 its cudnn module, which this file is the only one to import. The number of documents a row may hold is part of the
-compiled program, and its kernels pay for each, full or empty. Rows with more run through blocks of masked XLA attention,
-slower and as exact.
+compiled program: its kernels pay for each, full or empty, and so does its memory, as if every document were as long as
+the row. Rows with more run through blocks of masked XLA attention, slower and as exact.
 
 Letters: B batch, T tokens, H heads, K channels, M documents a row may hold.
 """
 
 import functools
 import inspect
+import math
 
 import jax
 import jax.numpy as jnp
@@ -19,6 +20,7 @@ from linscale.kernels.remat import kept
 from linscale.kernels.softmax_attention.blockwise import blockwise
 
 MOST = 16  # documents a row, up to 8192 tokens; in longer rows one for 512 tokens
+WORKSPACE = 2**32  # bytes of float32 like q for every document of a row; fewer documents where they would take more
 
 
 def serves_packed() -> bool:
@@ -28,8 +30,13 @@ def serves_packed() -> bool:
 
 def packed_attention(q, k, v, segment_ids):
     """q, k, v [B,T,H,K] bfloat16, segment_ids [B,T] in runs of equal ids: [B,T,H,K]. Hopper or later."""
-    documents = min(max(MOST, q.shape[1] // 512), q.shape[1])
-    return _attention(q, k, v, segment_ids, document_table(segment_ids, documents))
+    return _attention(q, k, v, segment_ids, document_table(segment_ids, documents_served(q.shape)))
+
+
+def documents_served(shape: tuple[int, int, int, int]) -> int:
+    """How many documents each row of q, [B,T,H,K], may hold."""
+    tokens = shape[1]
+    return min(max(MOST, tokens // 512), tokens, max(1, WORKSPACE // (4 * math.prod(shape))))
 
 
 @jax.custom_vjp

@@ -110,6 +110,16 @@ def test_packed_cudnn_equals_a_mask(documents_a_row, tokens):
         assert np.sqrt(np.mean((a - b) ** 2)) / np.sqrt(np.mean(b**2)) < 1e-2
 
 
+@pytest.mark.parametrize(
+    "shape, documents",
+    [((16, 2048, 8, 128), 16), ((1, 65_536, 8, 128), 16), ((1, 65_536, 1, 128), 128), ((1, 2**20, 32, 128), 1)]
+    + [((3, 5, 4, 64), 5)],
+)
+def test_the_table_of_documents_is_bounded_in_memory(shape, documents):
+    assert cudnn_packed.documents_served(shape) == documents
+    assert documents == 1 or documents * 4 * np.prod(shape) <= cudnn_packed.WORKSPACE
+
+
 @pytest.mark.parametrize("documents", (False, True))
 def test_splash_equals_xla(monkeypatch, documents):
     """The TPU kernel in interpret mode, bfloat16: values and gradients."""
