@@ -112,8 +112,13 @@ def test_packed_cudnn_equals_a_mask(documents_a_row, tokens):
 
 @pytest.mark.parametrize(
     "shape, documents",
-    [((16, 2048, 8, 128), 16), ((1, 65_536, 8, 128), 16), ((1, 65_536, 1, 128), 128), ((1, 2**20, 32, 128), 1)]
-    + [((3, 5, 4, 64), 5)],
+    [
+        ((16, 2048, 8, 128), 16),
+        ((1, 65_536, 8, 128), 16),
+        ((1, 65_536, 1, 128), 128),
+        ((1, 2**20, 32, 128), 1),
+        ((3, 5, 4, 64), 5),
+    ],
 )
 def test_the_table_of_documents_is_bounded_in_memory(shape, documents):
     assert cudnn_packed.documents_served(shape) == documents
