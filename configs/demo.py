@@ -4,7 +4,7 @@ embedding (a factor of 30), on the text of the Python standard library, byte by 
   linscale ladder                                          all 20 runs, the laws and the report
   linscale train --config=configs/demo.py:tnl-155k         one of them
 
-Expected time: 5 minutes 52 seconds and 1.6 GB on two idle cores (experiments/demo/reports has machine and versions).
+Expected time: 6 to 8 minutes and 1.8 GB on two idle cores (experiments/demo/reports has machine and versions).
 Expected result: held-out loss falls with size for every architecture, from 2.4 to 2.6 nats a byte at 14k parameters to
 1.79 (HGRN2), 1.82 (LLaMA), 1.96 (TNL) and 2.09 (cosFormer2) at 450k, and b of -0.072 (HGRN2), -0.060 (LLaMA), -0.053
 (TNL) and -0.043 (cosFormer2), each with an interval below zero. Another Python has another standard library, so digits
