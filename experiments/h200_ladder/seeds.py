@@ -3,12 +3,7 @@
 python experiments/h200_ladder/several.py --config experiments/h200_ladder/seeds.py --jobs 4 --config.data.path='books/*.txt'
 """
 
-import importlib.util
-from pathlib import Path
-
-_SPEC = importlib.util.spec_from_file_location("books", Path(__file__).resolve().parents[2] / "configs" / "books.py")
-books = importlib.util.module_from_spec(_SPEC)
-_SPEC.loader.exec_module(books)
+from linscale.configs import books
 
 RUNGS = tuple(f"{arch}-1m-seed{seed}" for seed in (1, 2) for arch in books.ARCHITECTURES)
 

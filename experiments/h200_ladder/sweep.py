@@ -5,12 +5,7 @@
 Rungs: ARCH-SIZE-RATE-BATCH, as tnl-6m-2e-3-b32.
 """
 
-import importlib.util
-from pathlib import Path
-
-_SPEC = importlib.util.spec_from_file_location("books", Path(__file__).resolve().parents[2] / "configs" / "books.py")
-books = importlib.util.module_from_spec(_SPEC)
-_SPEC.loader.exec_module(books)
+from linscale.configs import books
 
 RATES = {"6m": ("5e-4", "1e-3", "2e-3", "4e-3"), "38m": ("5e-4", "1e-3", "2e-3", "4e-3")}
 RUNGS = tuple(
