@@ -31,7 +31,8 @@ def on_chip(tokens, spans, q, k, v, phase, initial_state, segment_ids, docs):
 
 
 def _on_chip_forward(tokens, spans, *args):
-    from linscale.kernels.linear_attention.pallas_gpu_phase_kernels import turned_keys, turned_states
+    from linscale.kernels.linear_attention.pallas_gpu_phase_kernels import turned_keys
+    from linscale.kernels.linear_attention.pallas_gpu_phase_states import turned_states
 
     learned = () if getattr(args[3], "perturbed", False) else None
     args = jax.tree.map(lambda x: getattr(x, "value", x), args, is_leaf=lambda x: hasattr(x, "perturbed"))
@@ -52,7 +53,8 @@ def _on_chip_forward(tokens, spans, *args):
 
 
 def _on_chip_backward(tokens, spans, residuals, cotangents):
-    from linscale.kernels.linear_attention.pallas_gpu_phase_kernels import turned_keys, turned_states, turned_values
+    from linscale.kernels.linear_attention.pallas_gpu_phase_kernels import turned_keys, turned_values
+    from linscale.kernels.linear_attention.pallas_gpu_phase_states import turned_states
 
     q, k, v, phase, initial_state, segment_ids, docs, start, learned = residuals
     d_out, d_state = cotangents

@@ -40,7 +40,7 @@ from linscale.kernels.linear_attention.pallas_gpu_scalar import (
 EDGE, READS, REACHES, SURVIVES = range(4)
 
 
-def _across(vector, shape, dimension):
+def across(vector, shape, dimension):
     """A vector along `dimension` of shape, repeated along the other."""
     x = load(vector, ROWS.reduce(1 - dimension)).astype(F32)
     return plgpu.layout_cast(lax.broadcast_in_dim(x, shape, (dimension,)), ROWS)
@@ -50,7 +50,7 @@ def _causal(scores, reverse, doc_s):
     """scores [C,C] bfloat16, 0 where the row's token does not see the column's."""
     scores = rows.causal(scores, reverse)
     if doc_s is not None:
-        edge, j = _across(doc_s.at[EDGE], (C, C), 0), iota((C, C), 1)
+        edge, j = across(doc_s.at[EDGE], (C, C), 0), iota((C, C), 1)
         scores = scores * jnp.where((edge - j if reverse else j - edge) >= 0.0, 1.0, 0.0)
     return scores.astype(BF)
 
@@ -124,7 +124,7 @@ def _sweep(q, k, v, table, turn, initial, docs, spans, reverse, stages, make, si
                 v_s.at[slot, wg][...] = out.astype(BF)
                 along = 0 if keys_turn else 1
                 at = pl.ds(0, height) if keys_turn else mine
-                cos, sin = (_across(turn_s.at[part, at], (height, half), along) for part in range(2))
+                cos, sin = (across(turn_s.at[part, at], (height, half), along) for part in range(2))
                 X, Y = X * cos + Y * sin, Y * cos - X * sin
                 x_s.at[wg][...] = X.astype(BF)
                 y_s.at[wg][...] = Y.astype(BF)
@@ -143,7 +143,7 @@ def _sweep(q, k, v, table, turn, initial, docs, spans, reverse, stages, make, si
 
         @pl.when(wg == 2)
         def _producer():
-            _fetch_tables(table_g, turn_g, h, cos_s, sin_s, turn_s, tables)
+            fetch_tables(table_g, turn_g, h, cos_s, sin_s, turn_s, tables)
 
             def fetch(t, slot):
                 start = walk.start(span, t, reverse)
@@ -176,20 +176,20 @@ def _sweep(q, k, v, table, turn, initial, docs, spans, reverse, stages, make, si
     out_type = [jax.ShapeDtypeStruct(v.shape, BF), jax.ShapeDtypeStruct((B, spans, H, 2, height, v.shape[-1]), F32)]
     if sines:
         out_type.append(jax.ShapeDtypeStruct(v.shape, BF))
-    docs = _rows_read(docs, reverse)
+    docs = rows_read(docs, reverse)
     inputs = [x for x in (q, k, v, table, turn, initial, docs) if x is not None]
     name = "linear_attention_turned_" + ("keys" if keys_turn else "values")
     return call(body, name, out_type, scratch, (B, spans, H))(*inputs)
 
 
-def _rows_read(docs, reverse):
+def rows_read(docs, reverse):
     """Whole numbers up to 63, and only what is read: shared memory is full."""
     if docs is None:
         return None
     return (docs[:, :, LAST:] if reverse else jnp.delete(docs, LAST, axis=2)).astype(BF)
 
 
-def _fetch_tables(table_g, turn_g, h, cos_s, sin_s, turn_s, arrived):
+def fetch_tables(table_g, turn_g, h, cos_s, sin_s, turn_s, arrived):
     """A head's factors, once; three copies arrive."""
     for part, target in enumerate((cos_s, sin_s)):
         plgpu.copy_gmem_to_smem(table_g.at[part, h], target, arrived)
@@ -212,85 +212,6 @@ def turned_values(a, b, w, table, turn, initial, docs, *, spans=1, reverse=False
     """
     make = functools.partial(_values_chunk, sines=sines)
     return _sweep(a, b, w, table, turn, initial, docs, spans, reverse, stages, make, sines)
-
-
-def turned_states(k, v, table, turn, docs, *, spans, reverse=False, stages=4):
-    """What each span adds to a state that enters it as zero [B,N,H,2,K,V]; arguments as for `turned_keys`.
-
-    Each warpgroup owns half of the key channels, so that the two never wait for each other.
-    """
-    B, T, H, K = k.shape
-    V, half = v.shape[-1], K // 2
-    walk = Walk(T, spans)
-    stages = min(stages, walk.chunks)
-    documents = docs is not None
-
-    def body(*refs):
-        refs = list(refs)
-        k_g, v_g, table_g, turn_g = (refs.pop(0) for _ in range(4))
-        docs_g = refs.pop(0) if documents else None
-        added_g, k_s, v_s, sin_k_s, cos_s, sin_s, turn_s, full, empty, tables, *docs_s = refs
-        b, span, h, wg = (lax.axis_index(a) for a in ("b", "n", "h", "wg"))
-        own = pl.ds(wg * half, half)
-
-        @pl.when(wg < 2)
-        def _compute():
-            plgpu.set_max_registers(232, action="increase")
-            plgpu.barrier_wait(tables)
-
-            def chunk(t, state):
-                X, Y = state
-                slot = lax.rem(t, jnp.int32(stages))
-                plgpu.barrier_wait(full.at[slot])
-                k_cos, k_sin = k_s.at[slot, :, own], sin_k_s.at[wg]
-                k = load(k_cos)
-                if documents:
-                    writes, survives = docs_s[0].at[slot, READS if reverse else REACHES], docs_s[0].at[slot, SURVIVES]
-                    k = k * _across(writes, (C, half), 0).astype(BF)
-                    X, Y = (x * _across(survives, x.shape, 0) for x in (X, Y))
-                k_sin[...] = k * load(sin_s.at[:, own])
-                k_cos[...] = k * load(cos_s.at[:, own])
-                plgpu.commit_smem()
-
-                def update(refs):
-                    plgpu.wgmma(refs[0], k_cos.transpose((1, 0)), v_s.at[slot])
-                    plgpu.wgmma(refs[1], k_sin.transpose((1, 0)), v_s.at[slot])
-
-                X, Y = pl.run_state(update)((plgpu.ACC.init(X), plgpu.ACC.init(Y)))
-                plgpu.barrier_arrive(empty.at[slot])
-                cos, sin = (_across(turn_s.at[part, own], (half, V), 0) for part in range(2))
-                return X * cos + Y * sin, Y * cos - X * sin
-
-            zero = plgpu.layout_cast(jnp.zeros((half, V), F32), ROWS)
-            for part, x in enumerate(lax.fori_loop(0, walk.chunks, chunk, (zero, zero))):
-                added_g.at[b, span, h, part, own][...] = x
-
-        @pl.when(wg == 2)
-        def _producer():
-            _fetch_tables(table_g, turn_g, h, cos_s, sin_s, turn_s, tables)
-
-            def fetch(t, slot):
-                start = walk.start(span, t, reverse)
-                for source, target in ((k_g, k_s), (v_g, v_s)):
-                    plgpu.copy_gmem_to_smem(source.at[b, pl.ds(start, C), h], target.at[slot], full.at[slot])
-                if documents:
-                    plgpu.copy_gmem_to_smem(docs_g.at[b, start // C], docs_s[0].at[slot], full.at[slot])
-
-            ring(fetch, walk.chunks, stages, empty)
-
-    matrix = lambda *shape: plgpu.SMEM(shape, BF, transforms=tiles(shape[-1]))  # noqa: E731
-    scratch = [
-        *(matrix(stages, C, K), matrix(stages, C, V), matrix(2, C, half), matrix(C, K), matrix(C, K)),
-        plgpu.SMEM((2, K), F32),
-        plgpu.Barrier(num_arrivals=2 + documents, num_barriers=stages),
-        plgpu.Barrier(num_arrivals=2, num_barriers=stages),
-        plgpu.Barrier(num_arrivals=3),
-    ]
-    if documents:
-        scratch.append(plgpu.SMEM((stages, 4, C), BF))
-    out_type = jax.ShapeDtypeStruct((B, spans, H, 2, K, V), F32)
-    inputs = [x for x in (k, v, table, turn, _rows_read(docs, reverse)) if x is not None]
-    return call(body, "linear_attention_turned_states", out_type, scratch, (B, spans, H))(*inputs)
 
 
 def _keys_chunk(refs, barriers, wg, state, reverse, release):
@@ -383,7 +304,7 @@ def _values_part(a_s, b_s, w_s, before_s, p, X, doc_s, weigh, reverse):
     if weigh is None:
         return pl.run_state(update)((init(zero), init(X)))
     out = pl.run_state(lambda acc: plgpu.wgmma(acc, a_s, before_s))(init(zero))
-    out = out * _across(doc_s.at[REACHES if reverse else READS], w_s.shape, 0)
+    out = out * across(doc_s.at[REACHES if reverse else READS], w_s.shape, 0)
     out = pl.run_state(lambda acc: plgpu.wgmma(acc, p, w_s))(init(out))
     w_s[...] = (load(w_s).astype(F32) * weigh).astype(BF)
     plgpu.commit_smem()
@@ -395,8 +316,8 @@ def _documents(doc_s, reverse, X, Y, o):
     if doc_s is None:
         return X, Y, o, None
     half = X.shape[-1]
-    survives = _across(doc_s.at[SURVIVES, pl.ds(0, half)], X.shape, 1)
+    survives = across(doc_s.at[SURVIVES, pl.ds(0, half)], X.shape, 1)
     reads, writes = (REACHES, READS) if reverse else (READS, REACHES)
     if o is not None:
-        o = o * _across(doc_s.at[reads], o.shape, 0)
-    return X * survives, Y * survives, o, _across(doc_s.at[writes], (C, half), 0)
+        o = o * across(doc_s.at[reads], o.shape, 0)
+    return X * survives, Y * survives, o, across(doc_s.at[writes], (C, half), 0)

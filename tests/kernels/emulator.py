@@ -20,6 +20,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from linscale.kernels.linear_attention import (
     pallas_gpu_gates,
     pallas_gpu_phase_kernels,
+    pallas_gpu_phase_states,
     pallas_gpu_rows,
     pallas_gpu_scalar,
     pallas_gpu_scalar_backward,
@@ -31,6 +32,7 @@ from linscale.kernels.linear_attention import (
 MODULES = (
     pallas_gpu_gates,
     pallas_gpu_phase_kernels,
+    pallas_gpu_phase_states,
     pallas_gpu_scalar,
     pallas_gpu_scalar_backward,
     pallas_gpu_vector,

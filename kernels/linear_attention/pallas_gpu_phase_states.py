@@ -1,0 +1,99 @@
+"""What a span of linear attention with phase adds to its state, on Hopper GPUs: the kernel between spans.
+
+Letters as in pallas_gpu_phase_kernels.
+"""
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from linscale.kernels.linear_attention.pallas_gpu_phase_kernels import (
+    REACHES,
+    READS,
+    SURVIVES,
+    across,
+    fetch_tables,
+    rows_read,
+)
+from linscale.kernels.linear_attention.pallas_gpu_scalar import BF, F32, ROWS, C, Walk, call, load, ring, tiles
+
+
+def turned_states(k, v, table, turn, docs, *, spans, reverse=False, stages=4):
+    """What each span adds to a state that enters it as zero [B,N,H,2,K,V]; arguments as for `turned_keys`.
+
+    Each warpgroup owns half of the key channels, so that the two never wait for each other.
+    """
+    B, T, H, K = k.shape
+    V, half = v.shape[-1], K // 2
+    walk = Walk(T, spans)
+    stages = min(stages, walk.chunks)
+    documents = docs is not None
+
+    def body(*refs):
+        refs = list(refs)
+        k_g, v_g, table_g, turn_g = (refs.pop(0) for _ in range(4))
+        docs_g = refs.pop(0) if documents else None
+        added_g, k_s, v_s, sin_k_s, cos_s, sin_s, turn_s, full, empty, tables, *docs_s = refs
+        b, span, h, wg = (lax.axis_index(a) for a in ("b", "n", "h", "wg"))
+        own = pl.ds(wg * half, half)
+
+        @pl.when(wg < 2)
+        def _compute():
+            plgpu.set_max_registers(232, action="increase")
+            plgpu.barrier_wait(tables)
+
+            def chunk(t, state):
+                X, Y = state
+                slot = lax.rem(t, jnp.int32(stages))
+                plgpu.barrier_wait(full.at[slot])
+                k_cos, k_sin = k_s.at[slot, :, own], sin_k_s.at[wg]
+                k = load(k_cos)
+                if documents:
+                    writes, survives = docs_s[0].at[slot, READS if reverse else REACHES], docs_s[0].at[slot, SURVIVES]
+                    k = k * across(writes, (C, half), 0).astype(BF)
+                    X, Y = (x * across(survives, x.shape, 0) for x in (X, Y))
+                k_sin[...] = k * load(sin_s.at[:, own])
+                k_cos[...] = k * load(cos_s.at[:, own])
+                plgpu.commit_smem()
+
+                def update(refs):
+                    plgpu.wgmma(refs[0], k_cos.transpose((1, 0)), v_s.at[slot])
+                    plgpu.wgmma(refs[1], k_sin.transpose((1, 0)), v_s.at[slot])
+
+                X, Y = pl.run_state(update)((plgpu.ACC.init(X), plgpu.ACC.init(Y)))
+                plgpu.barrier_arrive(empty.at[slot])
+                cos, sin = (across(turn_s.at[part, own], (half, V), 0) for part in range(2))
+                return X * cos + Y * sin, Y * cos - X * sin
+
+            zero = plgpu.layout_cast(jnp.zeros((half, V), F32), ROWS)
+            for part, x in enumerate(lax.fori_loop(0, walk.chunks, chunk, (zero, zero))):
+                added_g.at[b, span, h, part, own][...] = x
+
+        @pl.when(wg == 2)
+        def _producer():
+            fetch_tables(table_g, turn_g, h, cos_s, sin_s, turn_s, tables)
+
+            def fetch(t, slot):
+                start = walk.start(span, t, reverse)
+                for source, target in ((k_g, k_s), (v_g, v_s)):
+                    plgpu.copy_gmem_to_smem(source.at[b, pl.ds(start, C), h], target.at[slot], full.at[slot])
+                if documents:
+                    plgpu.copy_gmem_to_smem(docs_g.at[b, start // C], docs_s[0].at[slot], full.at[slot])
+
+            ring(fetch, walk.chunks, stages, empty)
+
+    matrix = lambda *shape: plgpu.SMEM(shape, BF, transforms=tiles(shape[-1]))  # noqa: E731
+    scratch = [
+        *(matrix(stages, C, K), matrix(stages, C, V), matrix(2, C, half), matrix(C, K), matrix(C, K)),
+        plgpu.SMEM((2, K), F32),
+        plgpu.Barrier(num_arrivals=2 + documents, num_barriers=stages),
+        plgpu.Barrier(num_arrivals=2, num_barriers=stages),
+        plgpu.Barrier(num_arrivals=3),
+    ]
+    if documents:
+        scratch.append(plgpu.SMEM((stages, 4, C), BF))
+    out_type = jax.ShapeDtypeStruct((B, spans, H, 2, K, V), F32)
+    inputs = [x for x in (k, v, table, turn, rows_read(docs, reverse)) if x is not None]
+    return call(body, "linear_attention_turned_states", out_type, scratch, (B, spans, H))(*inputs)
