@@ -47,6 +47,12 @@ def class_of(n: int, classes: list[int]) -> int:
     return classes[int(np.searchsorted(classes, n))]
 
 
+def branches_at_once(counts: list[int]) -> int:
+    """Continuations that a context is read for at once, at most 8: the number that reads and pads least, a context
+    costing about as much as two continuations. Contexts with more are read again, those with fewer padded."""
+    return min(range(1, 9), key=lambda most: sum(-(-n // most) for n in counts) * (2 + most))
+
+
 def batches(items: list, rows: int) -> list[list]:
     """Cuts into equal batches of at most `rows`; the last may be shorter."""
     if not items:

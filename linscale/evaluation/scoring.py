@@ -18,7 +18,7 @@ import numpy as np
 
 from linscale import models
 from linscale.config import ConfigError, Model
-from linscale.evaluation.batching import batches, class_of, length_classes, pad, round_up
+from linscale.evaluation.batching import batches, branches_at_once, class_of, length_classes, pad, round_up
 
 LOGITS = 2**24  # elements of float32 logits held at once: 64 MiB
 STREAM = 2048  # tokens of a document read in one call, the state carried to the next
@@ -138,16 +138,14 @@ class Scorer:
         """The same of groups (context, [(place, continuation), ...]), the context read once."""
         if not groups:
             return
-        longest = {context: max(len(k) for _, k in members) for context, members in groups}
-        most = max(len(members) for _, members in groups)
-        if most > 8:  # a few contexts with very many continuations would pad all others
-            most = 8
-            groups = [(c, members[i : i + most]) for c, members in groups for i in range(0, len(members), most)]
-        contexts = length_classes([len(c) for c, _ in groups], 3)
-        ends = length_classes([longest[c] for c, _ in groups], 2, 8)
+        most = branches_at_once([len(members) for _, members in groups])
+        groups = [(c, members[i : i + most]) for c, members in groups for i in range(0, len(members), most)]
+        longest = [max(len(k) for _, k in members) for _, members in groups]
+        contexts = length_classes([len(c) for c, _ in groups], 2)
+        ends = length_classes(longest, 3, 8)
         kinds = collections.defaultdict(list)
-        for group in groups:
-            kinds[class_of(len(group[0]), contexts), class_of(longest[group[0]], ends)].append(group)
+        for group, length in zip(groups, longest):
+            kinds[class_of(len(group[0]), contexts), class_of(length, ends)].append(group)
         for (tokens, scored), members in sorted(kinds.items()):
             members.sort(key=lambda group: len(group[0]))
             cut = batches(members, self._rows(tokens + most * scored))

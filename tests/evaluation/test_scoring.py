@@ -8,7 +8,7 @@ import pytest
 
 from linscale import models
 from linscale.config import ConfigError, Model
-from linscale.evaluation.batching import class_of, length_classes, pad
+from linscale.evaluation.batching import branches_at_once, class_of, length_classes, pad
 from linscale.evaluation.scoring import Scorer, windows
 
 
@@ -145,3 +145,9 @@ def test_length_classes_cost_least():
 def test_pad():
     np.testing.assert_array_equal(pad([[1, 2], [], [3]], 3, 4), [[1, 2, 0], [0, 0, 0], [3, 0, 0], [0, 0, 0]])
     np.testing.assert_array_equal(pad([[1, 2], []], 3, 2, left=True), [[0, 1, 2], [0, 0, 0]])
+
+
+def test_a_rare_context_with_many_continuations_does_not_pad_the_others():
+    assert branches_at_once([4] * 100 + [8, 5]) == 4
+    assert branches_at_once([2] * 10) == 2
+    assert branches_at_once([30]) == 8
