@@ -150,4 +150,4 @@ def test_pad():
 def test_a_rare_context_with_many_continuations_does_not_pad_the_others():
     assert branches_at_once([4] * 100 + [8, 5]) == 4
     assert branches_at_once([2] * 10) == 2
-    assert branches_at_once([30]) == 8
+    assert branches_at_once([32]) == 8

@@ -42,6 +42,12 @@ def test_value_and_gradients(monkeypatch, tokens, slices, scale):
         assert np.sqrt(np.mean((g - 2 * w) ** 2)) < 1e-5 * np.sqrt(np.mean(4 * w**2))
 
 
+@pytest.mark.parametrize("scale", (0.1, 30.0))
+def test_in_one_pass(monkeypatch, scale):
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")  # where it is used; the arithmetic is the same here
+    test_value_and_gradients(monkeypatch, tokens=7, slices=3, scale=scale)
+
+
 def test_bfloat16_sums_the_embedding_gradient_in_float32():
     hidden, embedding, labels, weights = draw(2, 64, 16, 50)
     low = (jnp.bfloat16(hidden), jnp.float32(embedding), jnp.asarray(labels), jnp.float32(weights))
