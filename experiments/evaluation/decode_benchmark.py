@@ -18,6 +18,7 @@ appended to DIR/decode.jsonl as they come.
 """
 
 import argparse
+import functools
 import json
 import os
 import subprocess
@@ -124,13 +125,17 @@ def ours(arch, args):
     device = jax.devices()[0]
     point = yield (device.memory_stats() or {}).get("bytes_limit", 0)
     sampling, programs, prefilled = generation.Sampling(), {}, {}
+
+    @functools.partial(jax.jit, donate_argnums=0)  # in place: the largest caches fit once
+    def noise(x):
+        return jax.random.normal(jax.random.key(0), x.shape[2:], x.dtype) + jnp.zeros_like(x)
+
     blocks = -(-args.tokens // generation.BLOCK)
     while True:
         batch, context = point
         slots = context + (blocks + 1) * generation.BLOCK
         if arch == "llama":
             cache = models.init_cache(model, batch, slots)
-            noise = jax.jit(lambda x: jax.random.normal(jax.random.key(0), x.shape[2:], x.dtype) + jnp.zeros_like(x))
             cache["layers"] = jax.tree.map(noise, cache["layers"])
         else:
             if context not in prefilled:

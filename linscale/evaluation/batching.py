@@ -47,6 +47,18 @@ def class_of(n: int, classes: list[int]) -> int:
     return classes[int(np.searchsorted(classes, n))]
 
 
+def classes_of_pairs(contexts: list[int], ends: list[int], branches: int) -> tuple[list[int], list[int]]:
+    """Length classes of contexts and of their continuations (the longest of each context), of which `branches` follow:
+    at most 6 combinations, shared out between the two so that padding costs least."""
+
+    def cost(classes):
+        read = sum(class_of(n, classes[0]) for n in contexts)
+        return read + branches * sum(class_of(n, classes[1]) for n in ends)
+
+    shares = ((1, 6), (2, 3), (3, 2), (6, 1))
+    return min(((length_classes(contexts, a), length_classes(ends, b, 8)) for a, b in shares), key=cost)
+
+
 def branches_at_once(counts: list[int]) -> int:
     """Continuations that a context is read for at once, at most 8: the number that reads and pads least, a context
     costing about as much as two continuations. Contexts with more are read again, those with fewer padded."""

@@ -18,7 +18,15 @@ import numpy as np
 
 from linscale import models
 from linscale.config import ConfigError, Model
-from linscale.evaluation.batching import batches, branches_at_once, class_of, length_classes, pad, round_up
+from linscale.evaluation.batching import (
+    batches,
+    branches_at_once,
+    class_of,
+    classes_of_pairs,
+    length_classes,
+    pad,
+    round_up,
+)
 
 LOGITS = 2**24  # elements of float32 logits held at once: 64 MiB
 STREAM = 2048  # tokens of a document read in one call, the state carried to the next
@@ -141,8 +149,7 @@ class Scorer:
         most = branches_at_once([len(members) for _, members in groups])
         groups = [(c, members[i : i + most]) for c, members in groups for i in range(0, len(members), most)]
         longest = [max(len(k) for _, k in members) for _, members in groups]
-        contexts = length_classes([len(c) for c, _ in groups], 2)
-        ends = length_classes(longest, 3, 8)
+        contexts, ends = classes_of_pairs([len(c) for c, _ in groups], longest, most)
         kinds = collections.defaultdict(list)
         for group, length in zip(groups, longest):
             kinds[class_of(len(group[0]), contexts), class_of(length, ends)].append(group)

@@ -8,7 +8,7 @@ import pytest
 
 from linscale import models
 from linscale.config import ConfigError, Model
-from linscale.evaluation.batching import branches_at_once, class_of, length_classes, pad
+from linscale.evaluation.batching import branches_at_once, class_of, classes_of_pairs, length_classes, pad
 from linscale.evaluation.scoring import Scorer, windows
 
 
@@ -151,3 +151,9 @@ def test_a_rare_context_with_many_continuations_does_not_pad_the_others():
     assert branches_at_once([4] * 100 + [8, 5]) == 4
     assert branches_at_once([2] * 10) == 2
     assert branches_at_once([32]) == 8
+
+
+def test_classes_go_where_lengths_differ():
+    spread, alike = list(range(1, 100)), [7] * 99
+    assert classes_of_pairs(alike, spread, 2) == ([8], length_classes(spread, 6, 8))
+    assert classes_of_pairs(spread, alike, 2) == (length_classes(spread, 6), [8])
