@@ -134,26 +134,24 @@ def _sweep(hidden, embedding, labels, weights, *, with_gradient, axis=None):
 def _over_vocabulary(logits_BTV, is_label_BTV, axis):
     """The log of the sum of exponentials and the label's logit, both [B,T], of the vocabulary on all devices."""
     label_BTV = jnp.where(is_label_BTV, logits_BTV, 0)
-    if axis is None and jax.default_backend() == "gpu":
-        return _in_one_pass(logits_BTV, label_BTV)
-    label_BT = jnp.sum(label_BTV, axis=-1)
-    if axis is None:
-        return jax.nn.logsumexp(logits_BTV, axis=-1), label_BT
-    greatest_BT = jax.lax.pmax(jnp.max(logits_BTV, axis=-1), axis)
-    sum_BT = jnp.sum(jnp.exp(logits_BTV - greatest_BT[..., None]), axis=-1)
-    sum_BT, label_BT = jax.lax.psum((sum_BT, label_BT), axis)
+    if jax.default_backend() == "gpu":
+        greatest_BT, sum_BT, label_BT = _in_one_pass(logits_BTV, label_BTV)
+    else:
+        greatest_BT, label_BT = jnp.max(logits_BTV, axis=-1), jnp.sum(label_BTV, axis=-1)
+        sum_BT = jnp.sum(jnp.exp(logits_BTV - greatest_BT[..., None]), axis=-1)
+    if axis is not None:
+        own_BT, greatest_BT = greatest_BT, jax.lax.pmax(greatest_BT, axis)
+        sum_BT, label_BT = jax.lax.psum((sum_BT * jnp.exp(own_BT - greatest_BT), label_BT), axis)
     return greatest_BT + jnp.log(sum_BT), label_BT
 
 
 def _in_one_pass(logits_BTV, label_BTV):
-    """(logsumexp of the logits, sum of the label's array): a GPU would otherwise read the logits twice."""
+    """(greatest logit, sum of exponentials relative to it, sum of the label's array): a GPU would otherwise read the
+    logits twice."""
 
     def merge(a, b):
-        """Of (greatest, sum of exponentials relative to it, label) of two parts of the vocabulary."""
         greatest = jnp.maximum(a[0], b[0])
         return greatest, a[1] * jnp.exp(a[0] - greatest) + b[1] * jnp.exp(b[0] - greatest), a[2] + b[2]
 
     nothing = jnp.float32(jnp.finfo(jnp.float32).min), jnp.float32(0), jnp.float32(0)
-    parts = logits_BTV, jnp.ones_like(logits_BTV), label_BTV
-    greatest_BT, sum_BT, label_BT = jax.lax.reduce(parts, nothing, merge, (2,))
-    return greatest_BT + jnp.log(sum_BT), label_BT
+    return jax.lax.reduce((logits_BTV, jnp.ones_like(logits_BTV), label_BTV), nothing, merge, (2,))
