@@ -23,7 +23,7 @@ def command(recipe, options, tmp_path):
 
 def test_sigterm_saves_at_once_and_the_same_command_continues(command, exact, tmp_path):
     """No regular checkpoint but the last: what the signal saved is all there is to continue from."""
-    shape = {"train.steps": 1500, "train.checkpoint_every": 1500, "data.workers": 2, "train.spike_sigma": 0}
+    shape = {"train.steps": 1500, "train.checkpoint_every": 1500, "data.workers": 2, "train.skip_limit": 1500}
     process = subprocess.Popen(command("ended", **shape), stderr=subprocess.PIPE, text=True, start_new_session=True)
     path = tmp_path / "ended" / "tnl" / "metrics.jsonl"
     while process.poll() is None and (not path.exists() or path.read_bytes().count(b"\n") < 100):
