@@ -15,11 +15,13 @@ import jax.numpy as jnp
 from jax.custom_derivatives import SymbolicZero
 
 from linscale.kernels.linear_attention import chunked, pallas_gpu_phase
+from linscale.kernels.linear_attention.pallas_gpu_blocks import INNER, OUTER, Blocks
 from linscale.kernels.linear_attention.pallas_gpu_spans import chain, choose_spans, chunks_of_a_span
 from linscale.kernels.linear_attention.reference import document_starts
 from linscale.kernels.remat import kept
 
 CHANNELS = (64, 128)
+WIDE = 256  # in two blocks of 128, with no decay or one per head
 
 
 def refusal(q, k, v, log_decay, phase=None) -> str | None:
@@ -27,14 +29,17 @@ def refusal(q, k, v, log_decay, phase=None) -> str | None:
     if not on_hopper():
         device = jax.devices()[0].device_kind
         return f"it needs a Hopper GPU (compute capability 9.0) and jax >= 0.11, this is {device} and {jax.__version__}"
-    return unsupported(q, k, v, log_decay)
+    return unsupported(q, k, v, log_decay, phase)
 
 
-def unsupported(q, k, v, log_decay) -> str | None:
+def unsupported(q, k, v, log_decay, phase=None) -> str | None:
+    plain = phase is None and (log_decay is None or log_decay.ndim == 1)
     if q.dtype != jnp.bfloat16:
         return f"q, k and v have dtype {q.dtype}, it takes bfloat16"
-    if q.shape[-1] not in CHANNELS or v.shape[-1] not in CHANNELS:
-        return f"it takes 64 or 128 channels a head, q has {q.shape[-1]} and v {v.shape[-1]}"
+    allowed = (*CHANNELS, WIDE) if plain else CHANNELS
+    if q.shape[-1] not in allowed or v.shape[-1] not in allowed:
+        named = "64, 128 or 256" if plain else "64 or 128"
+        return f"it takes {named} channels a head, q has {q.shape[-1]} and v {v.shape[-1]}"
     if log_decay is not None and log_decay.ndim == 4 and log_decay.dtype not in (jnp.float32, jnp.bfloat16):
         return f"log_decay has dtype {log_decay.dtype}, it takes float32 or bfloat16"
     return None
@@ -50,37 +55,37 @@ def on_hopper() -> bool:
 def pallas_gpu(q, k, v, log_decay, phase, initial_state, segment_ids):
     """Arguments and results as `api.linear_attention`.
 
-    The kernels are written for 128 channels and tokens in eights; the copies cost time, not exactness.
+    The kernels are written for tokens in eights and as many channels of keys as of values; the copies cost time, not
+    exactness.
     """
     tokens, K, V = q.shape[1], q.shape[-1], v.shape[-1]
-    widen = lambda x, to: _pad(x, [(0, 0), (0, -tokens % 8), (0, 0), (0, to - x.shape[-1])])  # noqa: E731
-    q, v = widen(q, 128), widen(v, 128)
-    k = None if k is None else widen(k, 128)
+    wide = max(K, V)
+    widen = lambda x: _pad(x, [(0, 0), (0, -tokens % 8), (0, 0), (0, wide - x.shape[-1])])  # noqa: E731
+    q, v = widen(q), widen(v)
+    k = None if k is None else widen(k)
     parts = 1 if phase is None else 2
     if initial_state is not None:
         state = initial_state.astype(jnp.float32).reshape(*initial_state.shape[:2], parts, K, V)
-        state = _pad(state, [(0, 0), (0, 0), (0, 0), (0, 128 - K), (0, 128 - V)])
-        initial_state = state.reshape(*state.shape[:2], parts * 128, 128)
+        state = _pad(state, [(0, 0), (0, 0), (0, 0), (0, wide - K), (0, wide - V)])
+        initial_state = state.reshape(*state.shape[:2], parts * wide, wide)
     if segment_ids is not None:
         segment_ids = _pad(segment_ids, [(0, 0), (0, -tokens % 8)], mode="edge")
     if phase is not None:
-        phase = _pad(phase, [(0, 0), (0, 128 - K)])
+        phase = _pad(phase, [(0, 0), (0, wide - K)])
         spans = choose_spans("phase", q.shape[0] * q.shape[2], q.shape[1])
         docs = _documents(segment_ids, q, spans)
         out, state = pallas_gpu_phase.on_chip(tokens, spans, q, k, v, phase, initial_state, segment_ids, docs)
-        state = state.reshape(*state.shape[:2], 2, 128, 128)[..., :K, :V]
-        return out[:, :tokens, :, :V], state.reshape(*state.shape[:2], 2 * K, V)
-    if log_decay is None:
-        log_decay = jnp.zeros(q.shape[2], jnp.float32)
-    if log_decay.ndim == 4:
-        log_decay = widen(log_decay, 128)
+    elif log_decay is not None and log_decay.ndim == 4:
+        log_decay = widen(log_decay)
         if segment_ids is not None:  # a gate that lets nothing through, before a document's first token
             k = (-jnp.expm1(log_decay.astype(jnp.float32))).astype(q.dtype) if k is None else k
             log_decay = jnp.where(document_starts(segment_ids, q)[..., None, None], -jnp.inf, log_decay)
         out, state = _vector(q, k, v, log_decay, initial_state)
     else:
+        log_decay = jnp.zeros(q.shape[2], jnp.float32) if log_decay is None else log_decay
         out, state = _scalar(tokens, q, k, v, log_decay, initial_state, segment_ids)
-    return out[:, :tokens, :, :V], state[..., :K, :V]
+    state = state.reshape(*state.shape[:2], parts, wide, wide)[..., :K, :V]
+    return out[:, :tokens, :, :V], state.reshape(*state.shape[:2], parts * K, V)
 
 
 def _pad(x, widths, **kw):
@@ -136,18 +141,21 @@ def _scalar(tokens, q, k, v, log_decay, initial_state, segment_ids):
 
 
 def _scalar_values(tokens, q, k, v, log_decay, initial_state, segment_ids):
-    """out, the last state, and the state before each span (None where it is zero)."""
+    """out, the last state, and the state before each span (None where it is zero), in blocks of 128 channels."""
     from linscale.kernels.linear_attention import pallas_gpu_scalar as kernels
 
     rate = _rate(log_decay)
-    spans = choose_spans("scalar", q.shape[0] * q.shape[2], q.shape[1])
+    blocks = Blocks(q.shape[-1])
+    q, k, v = blocks.split(q, k, v)
+    spans = choose_spans("scalar", q.shape[0] * len(rate) * blocks.number**2, q.shape[1])
     docs = _documents(segment_ids, q, spans)
+    initial_state = blocks.split_state(initial_state)
     before = None if initial_state is None else initial_state[:, None]
     if spans > 1:
         added = kernels.states(k, v, rate, docs, tokens=tokens, spans=spans)
-        before = chain(initial_state, added, _survival(rate, docs, tokens, spans))
+        before = chain(initial_state, added, _survival(rate, docs, tokens, spans, blocks))
     out, after = kernels.forward(q, k, v, rate, before, docs, tokens=tokens, spans=spans)
-    return out, after[:, -1], before
+    return blocks.join(out, over=OUTER), blocks.join_state(after[:, -1]), before
 
 
 def _scalar_forward(tokens, *args):
@@ -168,22 +176,24 @@ def _scalar_backward(tokens, residuals, cotangents):
     d_out = jnp.zeros(v.shape, v.dtype) if isinstance(d_out, SymbolicZero) else d_out.astype(v.dtype)
     d_state = None if isinstance(d_state, SymbolicZero) else d_state
     rate = _rate(log_decay)
-    spans = choose_spans("scalar", q.shape[0] * q.shape[2], q.shape[1])
+    blocks = Blocks(q.shape[-1])
+    qs, ks, vs, ds = blocks.split(q, k, v, d_out)
+    spans = choose_spans("scalar", q.shape[0] * len(rate) * blocks.number**2, q.shape[1])
     docs = _documents(segment_ids, q, spans)
 
-    turned = None if before is None else jnp.swapaxes(before, -1, -2)
-    dq, _ = kernels.forward(d_out, v, k, rate, turned, docs, tokens=tokens, spans=spans, final=False)
+    dq, _ = kernels.forward(ds, vs, ks, rate, blocks.turned(before), docs, tokens=tokens, spans=spans, final=False)
 
-    d_after = None if d_state is None else jnp.swapaxes(d_state, -1, -2)
+    d_after = blocks.split_state(d_state)
+    d_after = None if d_after is None else jnp.swapaxes(d_after, -1, -2)
     if spans == 1:
         d_after = None if d_after is None else d_after[:, None]
     else:
-        added = kernels.states(d_out, q, rate, docs, tokens=tokens, spans=spans, reverse=True)
-        d_after = chain(d_after, added, _survival(rate, docs, tokens, spans), reverse=True)
+        added = blocks.in_order(kernels.states(ds, qs, rate, docs, tokens=tokens, spans=spans, reverse=True))
+        d_after = chain(d_after, added, _survival(rate, docs, tokens, spans, blocks), reverse=True)
     dk, dv, d_before = backward_kv(
-        q, k, v, d_out, rate, d_after, docs, tokens=tokens, spans=spans, initial=initial_state is not None
+        qs, ks, vs, ds, rate, d_after, docs, tokens=tokens, spans=spans, initial=initial_state is not None
     )
-    d_initial = None if initial_state is None else jnp.swapaxes(d_before[:, 0], -1, -2)
+    d_initial = None if initial_state is None else blocks.join_state(jnp.swapaxes(d_before[:, 0], -1, -2))
 
     d_log_decay = None
     if learned is not None:  # TNL's decay is fixed; where it is learned, its gradient goes through XLA
@@ -191,6 +201,7 @@ def _scalar_backward(tokens, residuals, cotangents):
         q, k, v, d_out = (x[:, :tokens].astype(jnp.float32) for x in (q, k, v, d_out))  # bfloat16: off by 1e-2
         (_, state), pullback = jax.vjp(lambda g: chunked.chunked(q, k, v, g, None, initial_state, ids), log_decay)
         (d_log_decay,) = pullback((d_out, jnp.zeros_like(state) if d_state is None else d_state))
+    dq, dk, dv = (blocks.join(x, over) for x, over in ((dq, OUTER), (dk, INNER), (dv, OUTER)))
     return dq, dk, dv, d_log_decay, d_initial, None
 
 
@@ -224,11 +235,11 @@ def _documents(segment_ids, q, spans):
     return jnp.stack([r.astype(jnp.float32) for r in rows], axis=2)
 
 
-def _survival(rate, docs, tokens, spans):
-    """What is left of a state across each span: [B or 1,N,H]."""
+def _survival(rate, docs, tokens, spans, blocks):
+    """What is left of a state across each span: [B or 1,N,walks]."""
     length = chunks_of_a_span(tokens, spans) * 64
     here = jnp.clip(tokens - length * jnp.arange(spans), 0, length).astype(jnp.float32)
     left = jnp.exp2(rate * here[:, None])[None]
     if docs is not None:
         left = left * docs[:, :, 4, 0].reshape(docs.shape[0], spans, -1).min(-1)[..., None]
-    return left
+    return jnp.repeat(left, blocks.number**2, axis=2)

@@ -159,7 +159,7 @@ def _sweep(q, k, v, table, turn, initial, docs, spans, reverse, stages, make, si
             ring(fetch, chunks, stages, empty)
 
     K = table.shape[-1]
-    matrix = lambda *shape: plgpu.SMEM(shape, BF, transforms=tiles(shape[-1]))  # noqa: E731
+    matrix = lambda *shape: plgpu.SMEM(shape, BF, transforms=tiles(half))  # noqa: E731
     scratch = [
         *(matrix(stages, C, height), matrix(stages, C, height), matrix(stages, 2, C, half)),
         *(matrix(2, height, half), matrix(2, height, half), matrix(C, K), matrix(C, K)),

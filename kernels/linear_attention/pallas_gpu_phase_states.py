@@ -23,10 +23,11 @@ from linscale.kernels.linear_attention.pallas_gpu_scalar import BF, F32, ROWS, C
 def turned_states(k, v, table, turn, docs, *, spans, reverse=False, stages=4):
     """What each span adds to a state that enters it as zero [B,N,H,2,K,V]; arguments as for `turned_keys`.
 
-    Each warpgroup owns half of the key channels, so that the two never wait for each other.
+    Each computing warpgroup owns 64 key channels, so that they never wait for each other.
     """
     B, T, H, K = k.shape
-    V, half = v.shape[-1], K // 2
+    V, part = v.shape[-1], 64
+    pieces = K // part
     walk = Walk(T, spans)
     stages = min(stages, walk.chunks)
     documents = docs is not None
@@ -37,9 +38,9 @@ def turned_states(k, v, table, turn, docs, *, spans, reverse=False, stages=4):
         docs_g = refs.pop(0) if documents else None
         added_g, k_s, v_s, sin_k_s, cos_s, sin_s, turn_s, full, empty, tables, *docs_s = refs
         b, span, h, wg = (lax.axis_index(a) for a in ("b", "n", "h", "wg"))
-        own = pl.ds(wg * half, half)
+        own = pl.ds(wg * part, part)
 
-        @pl.when(wg < 2)
+        @pl.when(wg < pieces)
         def _compute():
             plgpu.set_max_registers(232, action="increase")
             plgpu.barrier_wait(tables)
@@ -52,7 +53,7 @@ def turned_states(k, v, table, turn, docs, *, spans, reverse=False, stages=4):
                 k = load(k_cos)
                 if documents:
                     writes, survives = docs_s[0].at[slot, READS if reverse else REACHES], docs_s[0].at[slot, SURVIVES]
-                    k = k * across(writes, (C, half), 0).astype(BF)
+                    k = k * across(writes, (C, part), 0).astype(BF)
                     X, Y = (x * across(survives, x.shape, 0) for x in (X, Y))
                 k_sin[...] = k * load(sin_s.at[:, own])
                 k_cos[...] = k * load(cos_s.at[:, own])
@@ -64,14 +65,14 @@ def turned_states(k, v, table, turn, docs, *, spans, reverse=False, stages=4):
 
                 X, Y = pl.run_state(update)((plgpu.ACC.init(X), plgpu.ACC.init(Y)))
                 plgpu.barrier_arrive(empty.at[slot])
-                cos, sin = (across(turn_s.at[part, own], (half, V), 0) for part in range(2))
+                cos, sin = (across(turn_s.at[i, own], (part, V), 0) for i in range(2))
                 return X * cos + Y * sin, Y * cos - X * sin
 
-            zero = plgpu.layout_cast(jnp.zeros((half, V), F32), ROWS)
-            for part, x in enumerate(lax.fori_loop(0, walk.chunks, chunk, (zero, zero))):
-                added_g.at[b, span, h, part, own][...] = x
+            zero = plgpu.layout_cast(jnp.zeros((part, V), F32), ROWS)
+            for i, x in enumerate(lax.fori_loop(0, walk.chunks, chunk, (zero, zero))):
+                added_g.at[b, span, h, i, own][...] = x
 
-        @pl.when(wg == 2)
+        @pl.when(wg == pieces)
         def _producer():
             fetch_tables(table_g, turn_g, h, cos_s, sin_s, turn_s, tables)
 
@@ -84,16 +85,16 @@ def turned_states(k, v, table, turn, docs, *, spans, reverse=False, stages=4):
 
             ring(fetch, walk.chunks, stages, empty)
 
-    matrix = lambda *shape: plgpu.SMEM(shape, BF, transforms=tiles(shape[-1]))  # noqa: E731
+    matrix = lambda *shape: plgpu.SMEM(shape, BF, transforms=tiles(part))  # noqa: E731
     scratch = [
-        *(matrix(stages, C, K), matrix(stages, C, V), matrix(2, C, half), matrix(C, K), matrix(C, K)),
+        *(matrix(stages, C, K), matrix(stages, C, V), matrix(pieces, C, part), matrix(C, K), matrix(C, K)),
         plgpu.SMEM((2, K), F32),
         plgpu.Barrier(num_arrivals=2 + documents, num_barriers=stages),
-        plgpu.Barrier(num_arrivals=2, num_barriers=stages),
+        plgpu.Barrier(num_arrivals=pieces, num_barriers=stages),
         plgpu.Barrier(num_arrivals=3),
     ]
     if documents:
         scratch.append(plgpu.SMEM((stages, 4, C), BF))
     out_type = jax.ShapeDtypeStruct((B, spans, H, 2, K, V), F32)
     inputs = [x for x in (k, v, table, turn, rows_read(docs, reverse)) if x is not None]
-    return call(body, "linear_attention_turned_states", out_type, scratch, (B, spans, H))(*inputs)
+    return call(body, "linear_attention_turned_states", out_type, scratch, (B, spans, H), pieces)(*inputs)

@@ -11,6 +11,9 @@ speed without), the decay mask formed once and not per chunk, and a chunk loop t
 Tokens past the end are read as zeros and not written (the copy engine clips), so T need only be a multiple of 8;
 `tokens` says how many of them there really are.
 
+The state of a head of 256 channels fits no block of threads: its keys and values are cut into blocks of 128, each pair of
+which is one walk of its own, and what pairs give to one block is summed by the caller (`Heads`).
+
 Letters: B batch, T tokens, H heads, K key channels, V value channels, N spans, C tokens of a chunk.
 """
 
@@ -120,14 +123,32 @@ class Walk:
         return jnp.maximum(self.length(start) - 1.0 - iota(shape, 0), 0.0)
 
 
-def forward(q, k, v, rate, initial, docs, *, tokens=None, spans=1, final=True, stages=3):
-    """out [B,T,H,V] and the state at the end of each span [B,N,H,K,V] (None unless `final`).
+class Heads:
+    """Heads in blocks of channels: q, k [B,T,H x keys,K], v [B,T,H x values,V]; a walk for each (head, key, value)."""
 
-    q, k [B,T,H,K], v [B,T,H,V] bfloat16; rate [H] = log2 of the decay; initial [B,N,H,K,V] or None; docs
+    def __init__(self, q, v, rate):
+        (number,) = rate.shape
+        self.keys, self.values = q.shape[2] // number, v.shape[2] // number
+        self.walks = number * self.keys * self.values
+
+    def places(self, walk):
+        """The numbers of its head, of its block of keys and of its block of values, each among all there are."""
+        if self.keys == self.values == 1:
+            return walk, walk, walk
+        keys, values = jnp.int32(self.keys), jnp.int32(self.values)
+        key = lax.div(walk, values)
+        head = lax.div(key, keys)
+        return head, key, head * values + lax.rem(walk, values)
+
+
+def forward(q, k, v, rate, initial, docs, *, tokens=None, spans=1, final=True, stages=3):
+    """out [B,T,walks,V] and the state at the end of each span [B,N,walks,K,V] (None unless `final`).
+
+    q, k, v bfloat16 and walks as in `Heads`; rate [H] = log2 of the decay; initial [B,N,walks,K,V] or None; docs
     [B,chunks,5,C] or None. The backward pass calls it with (do, v, k) for dq.
     """
-    B, T, H, K = q.shape
-    V = v.shape[-1]
+    (B, T, _, K), V = q.shape, v.shape[-1]
+    heads = Heads(q, v, rate)
     half = V // 2
     walk = Walk(tokens or T, spans)
     stages = min(stages, walk.chunks)
@@ -146,7 +167,7 @@ def forward(q, k, v, rate, initial, docs, *, tokens=None, spans=1, final=True, s
         @pl.when(wg < 2)
         def _compute():
             plgpu.set_max_registers(232, action="increase")
-            r = rate_g[h]
+            r = rate_g[heads.places(h)[0]]
             age = iota((C, C), 0) - iota((C, C), 1)
             mask = jnp.where(age >= 0, jnp.exp2(r * jnp.maximum(age, 0.0)), 0.0)
             mine = pl.ds(wg * half, half)
@@ -206,25 +227,27 @@ def forward(q, k, v, rate, initial, docs, *, tokens=None, spans=1, final=True, s
 
         @pl.when(wg == 2)
         def _producer():
+            _, key, value = heads.places(h)
+
             def fetch(t, slot):
                 start = walk.start(span, t)
                 at = pl.ds(start, C)
-                plgpu.copy_gmem_to_smem(q_g.at[b, at, h], q_s.at[slot], full.at[slot])
-                plgpu.copy_gmem_to_smem(k_g.at[b, at, h], k_s.at[slot], full.at[slot])
+                plgpu.copy_gmem_to_smem(q_g.at[b, at, key], q_s.at[slot], full.at[slot])
+                plgpu.copy_gmem_to_smem(k_g.at[b, at, key], k_s.at[slot], full.at[slot])
                 for w in range(2):
-                    source = v_g.at[b, at, h, pl.ds(w * half, half)]
+                    source = v_g.at[b, at, value, pl.ds(w * half, half)]
                     plgpu.copy_gmem_to_smem(source, v_s.at[slot, w], full.at[slot])
                 if documents:
                     plgpu.copy_gmem_to_smem(docs_g.at[b, span * walk.chunks + t], docs_s[0].at[slot], full.at[slot])
 
             ring(fetch, walk.chunks, stages, empty)
 
-    out_type = [jax.ShapeDtypeStruct(v.shape, BF)]
+    out_type = [jax.ShapeDtypeStruct((B, T, heads.walks, V), BF)]
     if final:
-        out_type.append(jax.ShapeDtypeStruct((B, spans, H, K, V), F32))
+        out_type.append(jax.ShapeDtypeStruct((B, spans, heads.walks, K, V), F32))
     scratch = [
-        plgpu.SMEM((stages, C, K), BF, transforms=tiles(K)),
-        plgpu.SMEM((stages, C, K), BF, transforms=tiles(K)),
+        plgpu.SMEM((stages, C, K), BF, transforms=tiles(half)),
+        plgpu.SMEM((stages, C, K), BF, transforms=tiles(half)),
         plgpu.SMEM((stages, 2, C, half), BF, transforms=tiles(half)),
         plgpu.SMEM((2, C, half), BF, transforms=tiles(half)),
         plgpu.SMEM((2, K, half), BF, transforms=tiles(half)),
@@ -235,18 +258,18 @@ def forward(q, k, v, rate, initial, docs, *, tokens=None, spans=1, final=True, s
     if documents:
         scratch.append(plgpu.SMEM((stages, 5, C), F32))
     inputs = [x for x in (q, k, v, rate, initial, docs) if x is not None]
-    out = call(body, "linear_attention_forward", out_type, scratch, (B, spans, H))(*inputs)
+    out = call(body, "linear_attention_forward", out_type, scratch, (B, spans, heads.walks))(*inputs)
     return out[0], out[1] if final else None
 
 
 def states(k, v, rate, docs, *, tokens=None, spans, reverse=False, stages=4):
-    """What each span adds to a state that enters it as zero: [B,N,H,K,V].
+    """What each span adds to a state that enters it as zero: [B,N,walks,K,V].
 
     Forward: sum over the span of decay^(tokens to its end) k v^T. Reverse, with (q, do) for (k, v):
     decay^(tokens from before its start), what the backward pass carries towards the start.
     """
-    B, T, H, K = k.shape
-    V = v.shape[-1]
+    (B, T, _, K), V = k.shape, v.shape[-1]
+    heads = Heads(k, v, rate)
     half = V // 2
     walk = Walk(tokens or T, spans)
     stages = min(stages, walk.chunks)
@@ -262,7 +285,7 @@ def states(k, v, rate, docs, *, tokens=None, spans, reverse=False, stages=4):
         @pl.when(wg < 2)
         def _compute():
             plgpu.set_max_registers(232, action="increase")
-            r = rate_g[h]
+            r = rate_g[heads.places(h)[0]]
 
             def chunk(t, S):
                 slot = lax.rem(t, jnp.int32(stages))
@@ -289,12 +312,14 @@ def states(k, v, rate, docs, *, tokens=None, spans, reverse=False, stages=4):
 
         @pl.when(wg == 2)
         def _producer():
+            _, key, value = heads.places(h)
+
             def fetch(t, slot):
                 start = walk.start(span, t, reverse)
                 at = pl.ds(start, C)
-                plgpu.copy_gmem_to_smem(k_g.at[b, at, h], k_s.at[slot], full.at[slot])
+                plgpu.copy_gmem_to_smem(k_g.at[b, at, key], k_s.at[slot], full.at[slot])
                 for w in range(2):
-                    source = v_g.at[b, at, h, pl.ds(w * half, half)]
+                    source = v_g.at[b, at, value, pl.ds(w * half, half)]
                     plgpu.copy_gmem_to_smem(source, v_s.at[slot, w], full.at[slot])
                 if documents:
                     plgpu.copy_gmem_to_smem(docs_g.at[b, start // C], docs_s[0].at[slot], full.at[slot])
@@ -302,7 +327,7 @@ def states(k, v, rate, docs, *, tokens=None, spans, reverse=False, stages=4):
             ring(fetch, walk.chunks, stages, empty)
 
     scratch = [
-        plgpu.SMEM((stages, C, K), BF, transforms=tiles(K)),
+        plgpu.SMEM((stages, C, K), BF, transforms=tiles(half)),
         plgpu.SMEM((stages, 2, C, half), BF, transforms=tiles(half)),
         plgpu.SMEM((2, C, half), BF, transforms=tiles(half)),
         plgpu.Barrier(num_arrivals=3 + documents, num_barriers=stages),
@@ -310,12 +335,13 @@ def states(k, v, rate, docs, *, tokens=None, spans, reverse=False, stages=4):
     ]
     if documents:
         scratch.append(plgpu.SMEM((stages, 5, C), F32))
-    out_type = jax.ShapeDtypeStruct((B, spans, H, K, V), F32)
+    out_type = jax.ShapeDtypeStruct((B, spans, heads.walks, K, V), F32)
     inputs = [x for x in (k, v, rate, docs) if x is not None]
-    return call(body, "linear_attention_states", out_type, scratch, (B, spans, H))(*inputs)
+    return call(body, "linear_attention_states", out_type, scratch, (B, spans, heads.walks))(*inputs)
 
 
-def call(body, name, out_type, scratch, grid):
+def call(body, name, out_type, scratch, grid, computing=2):
+    """`computing` warpgroups and one that fetches."""
     body.__name__ = name  # what profilers show
     return plgpu.kernel(
         body,
@@ -323,7 +349,7 @@ def call(body, name, out_type, scratch, grid):
         scratch_types=scratch,
         grid=grid,
         grid_names=("b", "n", "h") if len(grid) == 3 else ("b", "h"),
-        num_threads=3,
+        num_threads=computing + 1,
         thread_name="wg",
         compiler_params=plgpu.CompilerParams(**PARAMS),
     )

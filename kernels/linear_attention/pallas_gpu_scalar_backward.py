@@ -21,6 +21,7 @@ from linscale.kernels.linear_attention.pallas_gpu_scalar import (
     ROWS,
     SURVIVES,
     C,
+    Heads,
     Walk,
     Zero,
     along_columns,
@@ -35,14 +36,14 @@ from linscale.kernels.linear_attention.pallas_gpu_scalar import (
 
 
 def backward_kv(q, k, v, do, rate, final, docs, *, tokens=None, spans=1, initial=True, stages=2):
-    """dk, dv and, if `initial`, the gradient of the state before each span, transposed [B,N,H,V,K].
+    """dk, dv [B,T,walks,.] and, if `initial`, the gradient of the state before each span, transposed [B,N,walks,V,K].
 
     One sweep from the end. G [V,K] = sum of decay do q^T over later tokens serves both: dk reads G, dv its transpose.
     Warpgroup 0 makes dk, warpgroup 1 dv; each keeps half of G's columns, and two barriers a chunk order the shared
-    copy. final [B,N,H,V,K]: the gradient of the state after each span, transposed, or None.
+    copy. final [B,N,walks,V,K]: the gradient of the state after each span, transposed, or None.
     """
-    B, T, H, K = q.shape
-    V = v.shape[-1]
+    (B, T, _, K), V = q.shape, v.shape[-1]
+    heads = Heads(q, v, rate)
     half = K // 2
     walk = Walk(tokens or T, spans)
     stages = min(stages, walk.chunks)
@@ -61,7 +62,7 @@ def backward_kv(q, k, v, do, rate, final, docs, *, tokens=None, spans=1, initial
         def compute(w):  # w is a Python int: each warpgroup has its own code
             width = (K, V)[w] // 2  # the output is made in two halves
             plgpu.set_max_registers(232, action="increase")
-            r = rate_g[h]
+            r = rate_g[heads.places(h)[0]]
             age = iota((C, C), 1) - iota((C, C), 0)
             m_s[...] = jnp.where(age >= 0, jnp.exp2(r * jnp.maximum(age, 0.0)), 0.0)  # both write the same values
             mine = pl.ds(w * half, half)
@@ -145,10 +146,12 @@ def backward_kv(q, k, v, do, rate, final, docs, *, tokens=None, spans=1, initial
 
         @pl.when(wg == 2)
         def _producer():
+            _, key, value = heads.places(h)
+
             def fetch(t, slot):
                 start = walk.start(span, t, reverse=True)
-                for g, s in ((v_g, v_s), (do_g, do_s), (k_g, k_s), (q_g, q_s)):
-                    plgpu.copy_gmem_to_smem(g.at[b, pl.ds(start, C), h], s.at[slot], full.at[slot])
+                for g, s, n in ((v_g, v_s, value), (do_g, do_s, value), (k_g, k_s, key), (q_g, q_s, key)):
+                    plgpu.copy_gmem_to_smem(g.at[b, pl.ds(start, C), n], s.at[slot], full.at[slot])
                 if documents:
                     source = docs_g.at[b, start // C, pl.ds(LAST, 4)]  # without FIRST: shared memory is full
                     plgpu.copy_gmem_to_smem(source, docs_s[0].at[slot], full.at[slot])
@@ -156,17 +159,17 @@ def backward_kv(q, k, v, do, rate, final, docs, *, tokens=None, spans=1, initial
             ring(fetch, walk.chunks, stages, empty)
 
     def ring_of(columns):
-        return plgpu.SMEM((stages, C, columns), BF, transforms=tiles(columns))
+        return plgpu.SMEM((stages, C, columns), BF, transforms=tiles(half))
 
-    out_type = [jax.ShapeDtypeStruct(x.shape, BF) for x in (k, v)]
+    out_type = [jax.ShapeDtypeStruct((B, T, heads.walks, x), BF) for x in (K, V)]
     if initial:
-        out_type.append(jax.ShapeDtypeStruct((B, spans, H, V, K), F32))
+        out_type.append(jax.ShapeDtypeStruct((B, spans, heads.walks, V, K), F32))
     scratch = [
         *(ring_of(K), ring_of(K), ring_of(V), ring_of(V)),
         plgpu.SMEM((2, C, half), BF, transforms=tiles(half)),
         plgpu.SMEM((2, V, half), BF, transforms=tiles(half)),
-        plgpu.SMEM((C, K), BF, transforms=tiles(K)),
-        plgpu.SMEM((C, V), BF, transforms=tiles(V)),
+        plgpu.SMEM((C, K), BF, transforms=tiles(half)),
+        plgpu.SMEM((C, V), BF, transforms=tiles(half)),
         plgpu.SMEM((C, C), F32, transforms=tiles(C, F32)),
         plgpu.Barrier(num_arrivals=4 + documents, num_barriers=stages),
         plgpu.Barrier(num_arrivals=2, num_barriers=stages),
@@ -176,5 +179,5 @@ def backward_kv(q, k, v, do, rate, final, docs, *, tokens=None, spans=1, initial
     if documents:
         scratch.append(plgpu.SMEM((stages, 4, C), F32))
     inputs = [x for x in (q, k, v, do, rate, final, docs) if x is not None]
-    out = call(body, "linear_attention_backward", out_type, scratch, (B, spans, H))(*inputs)
+    out = call(body, "linear_attention_backward", out_type, scratch, (B, spans, heads.walks))(*inputs)
     return out[0], out[1], out[2] if initial else None

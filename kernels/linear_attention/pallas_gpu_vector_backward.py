@@ -220,9 +220,9 @@ def within(q, k, v, do, log_decay, states, grads):
         same_token = plgpu.layout_cast(lax.broadcast_in_dim(same_token, (C, SLICE), (0,)), ROWS)
         tile = jnp.where(i > j, forth, back)
         plgpu.barrier_wait(states_in)
-        through = constant(0.0, (part, V // 2))
-        for side in range(2):
-            columns = pl.ds(side * (V // 2), V // 2)
+        through = constant(0.0, (part, 64))
+        for first in range(0, V, 64):
+            columns = pl.ds(first, 64)
             through += load(states_s.at[:, columns]).astype(F32) * load(grads_s.at[:, columns]).astype(F32)
         through_s[...] = jnp.sum(through, axis=1)
         plgpu.barrier_wait(gates_in)

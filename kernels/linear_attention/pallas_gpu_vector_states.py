@@ -1,8 +1,8 @@
 """What each span of a sequence adds to the state, for one decay per token and channel on Hopper GPUs: Pallas Mosaic GPU.
 
 Keys (or their mirror in the backward pass) weighted to the end of their chunk meet the values; no query, no scores, no
-output. Each of the two computing warpgroups owns half of the key channels of the state and weights just those, so that
-they never wait for each other.
+output. Each computing warpgroup owns 64 key channels of the state and weights just those, so that they never wait for each
+other.
 
 Letters: B batch, T tokens, H heads, K key channels, V value channels, N spans, C tokens of a chunk.
 """
@@ -25,11 +25,12 @@ def states(k, v, log_decay, *, spans, reverse=False, stages=4):
     before each span.
     """
     B, T, H, K = log_decay.shape
-    V, part = v.shape[-1], K // 2
+    V, part = v.shape[-1], 64
+    pieces = K // part
     walk = Walk(T, spans)
     tied, g_type = k is None, log_decay.dtype
     per_stage = C * (2 * V + K * (jnp.dtype(g_type).itemsize + 2 * (not tied)))
-    stages = max(1, min(stages, walk.chunks, (SHARED - 2 * C * K - 2 * 8 * SLICE * 16) // per_stage))
+    stages = max(1, min(stages, walk.chunks, (SHARED - 2 * C * K - pieces * 8 * SLICE * 16) // per_stage))
 
     def body(*refs):
         refs = list(refs)
@@ -38,7 +39,7 @@ def states(k, v, log_decay, *, spans, reverse=False, stages=4):
         b, span, h, wg = (lax.axis_index(a) for a in ("b", "n", "h", "wg"))
         own = pl.ds(wg * part, part)
 
-        @pl.when(wg < 2)
+        @pl.when(wg < pieces)
         def _compute():
             plgpu.set_max_registers(232, action="increase")
 
@@ -83,7 +84,7 @@ def states(k, v, log_decay, *, spans, reverse=False, stages=4):
             plgpu.copy_smem_to_gmem(kept_s.at[wg], kept_g.at[b, span, h, own])
             plgpu.wait_smem_to_gmem(0)
 
-        @pl.when(wg == 2)
+        @pl.when(wg == pieces)
         def _producer():
             def fetch(t, slot):
                 at = pl.ds(walk.start(span, t, reverse), C)
@@ -95,15 +96,15 @@ def states(k, v, log_decay, *, spans, reverse=False, stages=4):
     scratch = [
         plgpu.SMEM((stages, C, V), BF, transforms=tiles()),
         plgpu.SMEM((stages, C, K), g_type, transforms=tiles(g_type)),
-        plgpu.SMEM((2, C, part), BF, transforms=tiles()),
-        plgpu.SMEM((2, part // SLICE, 4, SLICE), F32),
-        plgpu.SMEM((2, 4, part), F32),
-        plgpu.SMEM((2, part), F32),
+        plgpu.SMEM((pieces, C, part), BF, transforms=tiles()),
+        plgpu.SMEM((pieces, part // SLICE, 4, SLICE), F32),
+        plgpu.SMEM((pieces, 4, part), F32),
+        plgpu.SMEM((pieces, part), F32),
         plgpu.Barrier(num_arrivals=2 if tied else 3, num_barriers=stages),
-        plgpu.Barrier(num_arrivals=2, num_barriers=stages),
+        plgpu.Barrier(num_arrivals=pieces, num_barriers=stages),
     ]
     if not tied:
         scratch.append(plgpu.SMEM((stages, C, K), BF, transforms=tiles()))
     out_type = [jax.ShapeDtypeStruct((B, spans, H, *x), F32) for x in ((K, V), (K,))]
     inputs = [x for x in (k, v, log_decay) if x is not None]
-    return call(body, "linear_attention_vector_states", out_type, scratch, (B, spans, H))(*inputs)
+    return call(body, "linear_attention_vector_states", out_type, scratch, (B, spans, H), pieces)(*inputs)

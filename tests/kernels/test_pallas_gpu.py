@@ -37,8 +37,8 @@ def shapes(kind, tokens, channels, state, segments, batch=2, heads=3):
 @pytest.mark.parametrize("kind", ("none", "scalar", "phase", "vector", "tied"))
 @pytest.mark.parametrize(
     ("tokens", "channels", "state", "segments"),
-    [(2100, 128, False, False), (1001, 128, True, True), (5, 64, True, False)],  # the first is cut into spans
-)
+    [(2100, 128, False, False), (1001, 128, True, True), (5, 64, True, False), (2100, 64, True, True)],
+)  # those of 2100 tokens are cut into spans
 def test_forward_and_backward_lower(kind, tokens, channels, state, segments):
     arrays, ids = shapes(kind, tokens, channels, state, segments)
 
@@ -122,13 +122,16 @@ def test_refusal_on_other_devices_says_why():
     ("shape", "dtype", "message"),
     [
         ((1, 8, 1, 128), jnp.float32, "takes bfloat16"),
-        ((1, 8, 1, 96), jnp.bfloat16, "64 or 128 channels a head, q has 96"),
+        ((1, 8, 1, 96), jnp.bfloat16, "64, 128 or 256 channels a head, q has 96"),
     ],
 )
 def test_refusal_names_what_does_not_fit(shape, dtype, message):
     x = jnp.zeros(shape, dtype)
     assert message in pallas_gpu.unsupported(x, x, x, None)
-    assert pallas_gpu.unsupported(*[jnp.zeros((1, 8, 1, 64), jnp.bfloat16)] * 3, None) is None
+    for channels in (64, 128, 256):
+        assert pallas_gpu.unsupported(*[jnp.zeros((1, 8, 1, channels), jnp.bfloat16)] * 3, None) is None
+    wide = jnp.zeros((1, 8, 1, 256), jnp.bfloat16)
+    assert "takes 64 or 128 channels a head, q has 256" in pallas_gpu.unsupported(wide, wide, wide, wide)
 
 
 KINDS = ("none", "scalar", "scalar-zero", "phase", "vector/0.05", "vector/0.1", "vector/1", "vector/10")
@@ -171,8 +174,18 @@ class TestOnTheDevice:
     def test_sixty_four_channels(self, kind, monkeypatch):
         monkeypatch.setattr(shared, "KEY", 64)
         monkeypatch.setattr(shared, "VALUE", 64)
-        arrays, ids = shared.draw(9, 200, kind, segments=True)
-        shared.compare("pallas_gpu", arrays, ids, 5e-3, dtype=jnp.bfloat16)
+        for tokens in (200, 2100):  # the second is cut into spans
+            arrays, ids = shared.draw(9, tokens, kind, segments=True)
+            shared.compare("pallas_gpu", arrays, ids, 5e-3, dtype=jnp.bfloat16)
+
+    @pytest.mark.parametrize(("keys", "values"), [(256, 256), (128, 64), (64, 256)])
+    @pytest.mark.parametrize("kind", ("none", "scalar"))
+    def test_heads_in_blocks_and_unlike_channels(self, kind, keys, values, monkeypatch):
+        monkeypatch.setattr(shared, "KEY", keys)
+        monkeypatch.setattr(shared, "VALUE", values)
+        for tokens in (200, 2100):
+            arrays, ids = shared.draw(10, tokens, kind, segments=True)
+            shared.compare("pallas_gpu", arrays, ids, 5e-3, dtype=jnp.bfloat16)
 
     @pytest.mark.parametrize("kind", ("scalar", "phase", "vector/1"))
     def test_spans(self, kind):

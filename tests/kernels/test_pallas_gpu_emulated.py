@@ -83,6 +83,25 @@ def test_values_states_and_gradients(kind, spans, segments, tied, monkeypatch):
     compare(arrays, ids, spans, monkeypatch)
 
 
+@pytest.mark.parametrize(
+    ("kind", "spans", "keys", "values"),
+    [
+        ("scalar", 2, 64, 64),
+        ("phase", 2, 64, 64),
+        ("vector/1", 2, 64, 64),
+        ("scalar", 2, 256, 256),
+        ("none", 1, 64, 256),
+    ],
+)
+def test_other_channels(kind, spans, keys, values, monkeypatch):
+    for name, size in {"HEADS": 2, "KEY": keys, "VALUE": values}.items():
+        monkeypatch.setattr(shared, name, size)
+    arrays, ids = shared.draw(130, 130, kind, segments=True)
+    if kind == "scalar":
+        arrays["log_decay"] = np.array([-0.05, -0.3])
+    compare(arrays, ids, spans, monkeypatch)
+
+
 @pytest.mark.parametrize(("spans", "segments"), [(1, False), (2, True), (3, False)])
 def test_gradient_of_phase_by_the_kernels(spans, segments, monkeypatch):
     """As in training: no state given, none read; those between spans are the kernels' own."""
