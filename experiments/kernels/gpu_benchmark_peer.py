@@ -65,8 +65,8 @@ def both(kind, x, leaves):
     return out, torch.autograd.grad(out, [x[n] for n in leaves], x["d_out"])
 
 
-def compile_share(args, share, shares):
-    """Puts in the place of tuning and launching the compilation of this process's share of the programs."""
+def compile_instead(share, shares):
+    """Puts in the place of Triton's tuning and launching the compilation of every `shares`-th program into its cache."""
     from triton.runtime.autotuner import Autotuner
 
     def compile_only(self, *positional, **named):
@@ -82,6 +82,10 @@ def compile_share(args, share, shares):
                     print(f"not compiled: {self.base_fn.__name__} {config}: {type(e).__name__}", flush=True)
 
     Autotuner.run = compile_only
+
+
+def compile_share(args, share, shares):
+    compile_instead(share, shares)
     for kind, shape in stages(args.kinds):
         try:
             x, leaves = place((shape[0], 256, *shape[2:]), kind)
