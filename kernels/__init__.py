@@ -3,11 +3,12 @@
 from linscale.kernels.axes import Axes
 from linscale.kernels.cross_entropy import cross_entropy
 from linscale.kernels.linear_attention import linear_attention, linear_attention_step
-from linscale.kernels.softmax_attention import softmax_attention
+from linscale.kernels.softmax_attention import documents_fit, softmax_attention
 
 __all__ = [
     "Axes",
     "cross_entropy",
+    "documents_fit",
     "linear_attention",
     "linear_attention_step",
     "softmax_attention",

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from linscale.kernels.axes import Axes, mesh_for
 from linscale.kernels.remat import kept
 from linscale.kernels.softmax_attention import blockwise, splash
-from linscale.kernels.softmax_attention.cudnn_packed import packed_attention, serves_packed
+from linscale.kernels.softmax_attention.cudnn_packed import documents_fit, packed_attention, serves_packed
 
 _log = logging.getLogger("linscale.kernels")
 
@@ -35,8 +35,10 @@ def softmax_attention(
       segment_ids: [B,T] integers in runs of equal ids; a query sees keys of its own run alone. Not with offset.
       offset: the position of the first query among the keys, for decoding with a cache of S slots. May be traced.
       start: [B] integers; row b does not see keys before start[b], which are padding on its left. Only with offset.
-      implementation: "xla", "cudnn", "splash", or None: with bfloat16 cuDNN on GPUs and splash on TPUs, XLA elsewhere.
-        cuDNN packs documents without a mask on Hopper and later, with a [B,1,T,T] mask before.
+      implementation: "xla", "cudnn", "splash", "packed", "blockwise", or None: with bfloat16 cuDNN on GPUs and splash on
+        TPUs, XLA elsewhere. "cudnn" masks documents, [B,1,T,T]; "packed" is cuDNN without a mask, on Hopper and later,
+        for as many documents a row as `documents_fit` allows, which is not checked; "blockwise" is XLA with memory linear
+        in T. None chooses between the last two by the documents where "packed" can run.
       axes: how the mesh in context (jax.set_mesh) splits batch, tokens and heads. Along the sequence axis keys and
         values are gathered and a block of queries at a time meets all of them, in XLA and with memory linear in S; the
         causal half that is masked is computed too. None, or no mesh: one device's work. Not with offset.
@@ -71,18 +73,33 @@ def softmax_attention(
             _announce("blockwise xla over gathered keys")
         local = functools.partial(softmax_attention, implementation=implementation)
         return blockwise.sharded(mesh, axes, local, q, k, v, segment_ids)
+    if implementation is None and segment_ids is not None and serves_packed(q.dtype, q.shape[3]):
+        packed, blocks = (
+            functools.partial(softmax_attention, q, k, v, segment_ids=segment_ids, implementation=name)
+            for name in ("packed", "blockwise")
+        )
+        return jax.lax.cond(documents_fit(segment_ids, *q.shape[2:], q.dtype), packed, blocks)
     if implementation is None:
         on_gpu = jax.default_backend() == "gpu" and q.dtype == jnp.bfloat16 and q.shape[3] % 8 == 0
         implementation = "cudnn" if on_gpu and offset is None else "xla"
         if offset is None and splash.refusal(q) is None:
             implementation = "splash"
     _announce(implementation)
+    if implementation in ("splash", "packed", "blockwise") and offset is not None:
+        raise ValueError(f"implementation={implementation!r} cannot serve: it does not decode with a cache. None can.")
     if implementation == "splash":
-        if reason := splash.refusal(q) or (offset is not None and "it does not decode with a cache"):
+        if reason := splash.refusal(q):
             raise ValueError(f"implementation='splash' cannot serve: {reason}. None or 'xla' can.")
         return kept(splash.splash(q, k, v, segment_ids))
-    if implementation == "cudnn" and segment_ids is not None and serves_packed():
-        return packed_attention(q, k, v, segment_ids)
+    if implementation == "packed":
+        if segment_ids is None or not serves_packed(q.dtype, q.shape[3]):
+            raise ValueError(
+                "implementation='packed' cannot serve: it needs segment_ids, bfloat16, channels in eights and a GPU of "
+                f"Hopper or later; q is {q.dtype}, {q.shape}, on {jax.default_backend()}. None can."
+            )
+        return kept(packed_attention(q, k, v, segment_ids))
+    if implementation == "blockwise":
+        return kept(blockwise.blockwise(q, k, v, segment_ids, segment_ids))
     mask = None
     if segment_ids is not None:
         mask = (segment_ids[:, :, None] == segment_ids[:, None, :])[:, None]

@@ -1,6 +1,6 @@
-"""The four architectures and the hybrid behind six functions; see transformer.py. Imports jax at first use."""
+"""The four architectures and the hybrid behind seven functions; see transformer.py. Imports jax at first use."""
 
-__all__ = ["forward", "init", "init_cache", "logits", "loss", "validate"]
+__all__ = ["by_documents", "forward", "init", "init_cache", "logits", "loss", "validate"]
 
 
 def __getattr__(name):

@@ -33,7 +33,7 @@ class Mixer(nnx.Module):
         shape = (batch, slots, model.heads, model.width // model.heads)
         return {"k": jnp.zeros(shape, compute_dtype(model)), "v": jnp.zeros(shape, compute_dtype(model))}
 
-    def __call__(self, x_BTD, *, layer, position, segment_ids, cache, start=None):
+    def __call__(self, x_BTD, *, layer, position, segment_ids, cache, start=None, softmax=None):
         q, k, v = (split_heads(w(x_BTD), self.model.heads) for w in (self.query, self.key, self.value))
         positions = position + jnp.arange(x_BTD.shape[1])
         if start is not None:  # rows padded on the left: positions count from each row's first token
@@ -45,7 +45,8 @@ class Mixer(nnx.Module):
             kept = cache._replace(caches=caches).read()
             k, v, offset = kept["k"], kept["v"], position
         axes = AXES if cache is None else None
-        out = softmax_attention(q, k, v, segment_ids=segment_ids, offset=offset, start=start, axes=axes)
+        named = {"segment_ids": segment_ids, "offset": offset, "start": start}
+        out = softmax_attention(q, k, v, implementation=softmax, axes=axes, **named)
         return self.out(merge_heads(out)), caches
 
 

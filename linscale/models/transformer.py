@@ -20,7 +20,7 @@ from flax import nnx
 
 from linscale import sharding
 from linscale.config import ConfigError, Model
-from linscale.kernels import cross_entropy
+from linscale.kernels import cross_entropy, documents_fit
 from linscale.kernels.remat import KEPT
 from linscale.models import cosformer2, hgrn2, llama, tnl
 from linscale.models.layers import GatedLinearUnit, LayerCache, activation, compute_dtype
@@ -72,7 +72,7 @@ class Transformer(nnx.Module):
         )
         self.final_norm = _MIXERS["tnl" if model.arch == "hybrid" else model.arch].norm(model)
 
-    def __call__(self, tokens_BT, segment_ids_BT, cache):
+    def __call__(self, tokens_BT, segment_ids_BT, cache, softmax):
         # Rows are cast after they are looked up: the gradient of a row is a sum over all places of its token, and in
         # bfloat16 that sum would stall; on GPUs it would also be slow, as frequent tokens wait for each other.
         rows_BTD = sharding.gather({"embedding": self.embedding[...]})["embedding"][tokens_BT]
@@ -84,15 +84,15 @@ class Transformer(nnx.Module):
             x_BTD, tpe = self.tpe(x_BTD, segment_ids=segment_ids_BT, cache=None if cache is None else cache["tpe"])
             if cache is not None:
                 new_cache["tpe"] = tpe
-        x_BTD, layers = self._run_layers(x_BTD, segment_ids_BT, cache)
+        x_BTD, layers = self._run_layers(x_BTD, segment_ids_BT, cache, softmax)
         if cache is not None:
             new_cache["layers"] = layers
         return self.final_norm(x_BTD), new_cache
 
-    def _run_layers(self, x_BTD, segment_ids_BT, cache):
+    def _run_layers(self, x_BTD, segment_ids_BT, cache, softmax):
         position = 0 if cache is None else cache["position"]
         start = None if cache is None else cache.get("start")
-        unroll = _unroll(self.model, cache is not None, x_BTD.shape[1])
+        unroll = _unroll(self.model, cache is not None, x_BTD.shape[1], softmax)
         layer_of, stacks, caches = {}, {}, {}
         for kind, at in layer_indices(self.model).items():
             graphdef, params = nnx.split(self.layers[kind])
@@ -103,8 +103,10 @@ class Transformer(nnx.Module):
             stacks[kind] = (params, jnp.asarray(at), None if cache is None else jnp.arange(len(at)))
 
             context = {"position": position, "segment_ids": segment_ids_BT}
-            if kind == "llama" and start is not None:  # its keys are masked instead
-                context |= {"segment_ids": None, "start": start}
+            if kind == "llama":
+                context["softmax"] = softmax
+                if start is not None:  # its keys are masked instead
+                    context |= {"segment_ids": None, "start": start}
 
             # Caches are carried, not scanned over: so they are changed in place, where results of a scan are new arrays.
             def one_layer(carry, xs, graphdef=graphdef, context=context):
@@ -129,12 +131,13 @@ class Transformer(nnx.Module):
         return _run_periods(run, runs, stacks, x_BTD, caches, self.model, unroll)
 
 
-def _unroll(model: Model, cached: bool, tokens: int) -> int:
-    """Layers in the body of the loop. Short programs stay: prompts, which come in many lengths, and cuDNN's attention
-    over packed documents, which compiles for seconds a layer."""
+def _unroll(model: Model, cached: bool, tokens: int, softmax: str | None) -> int:
+    """Layers in the body of the loop. Short programs stay: prompts, which come in many lengths, and softmax layers that
+    choose by documents themselves, each choice of which is a program of its own."""
     if model.unroll:
         return model.unroll
-    quick = tokens == 1 if cached else model.arch not in ("llama", "hybrid")
+    chosen = softmax == "packed" or model.arch not in ("llama", "hybrid")
+    quick = tokens == 1 if cached else chosen
     return model.layers if quick and jax.default_backend() == "gpu" else 1
 
 
@@ -243,7 +246,9 @@ def init_cache(model: Model, batch: int, slots: int = 0, start: jax.Array | None
     return cache
 
 
-def forward(model: Model, params: dict, tokens, segment_ids=None, cache=None) -> tuple[jax.Array, dict | None]:
+def forward(
+    model: Model, params: dict, tokens, segment_ids=None, cache=None, softmax: str | None = None
+) -> tuple[jax.Array, dict | None]:
     """Hidden states after the final norm.
 
     Args:
@@ -252,11 +257,12 @@ def forward(model: Model, params: dict, tokens, segment_ids=None, cache=None) ->
         document a row.
       cache: from `init_cache` or an earlier call: the tokens continue it. T may be 1 (decoding) or more (prefill).
         Not together with segment_ids in a model with softmax layers.
+      softmax: the implementation of softmax layers, see linscale.kernels.softmax_attention; from `by_documents`.
 
     Returns:
       hidden [B,T,D] in the compute dtype, and the cache after the last token (None if none was given).
     """
-    return nnx.merge(_graphdef(model), params)(tokens, segment_ids, cache)
+    return nnx.merge(_graphdef(model), params)(tokens, segment_ids, cache, softmax)
 
 
 def output_head(params: dict) -> jax.Array:
@@ -271,15 +277,30 @@ def logits(model: Model, params: dict, hidden: jax.Array) -> jax.Array:
     return jnp.einsum("...d,vd->...v", hidden, head, precision=precision, preferred_element_type=jnp.float32)
 
 
-def loss(model: Model, params: dict, batch: dict) -> tuple[jax.Array, jax.Array]:
+def loss(model: Model, params: dict, batch: dict, softmax: str | None = None) -> tuple[jax.Array, jax.Array]:
     """Sum of weighted negative log-likelihood in nats, and the sum of weights; float32 scalars.
 
-    batch: tokens, labels, segment_ids [B,T] integers, weights [B,T] float32.
+    batch: tokens, labels, segment_ids [B,T] integers, weights [B,T] float32. softmax as for `forward`.
     """
-    hidden, _ = forward(model, params, batch["tokens"], batch["segment_ids"])
+    hidden, _ = forward(model, params, batch["tokens"], batch["segment_ids"], softmax=softmax)
     head = sharding.gather({"head": output_head(params)})["head"]
     nll = cross_entropy(hidden, head, batch["labels"], batch["weights"], axes=sharding.AXES)
     return nll, jnp.sum(batch["weights"])
+
+
+def by_documents(model: Model, segment_ids, run):
+    """run(softmax) with what serves the softmax layers best for these documents [B,T].
+
+    On GPUs cuDNN has room for so many documents a row, and another program is needed where there are more. The choice
+    is made here, around whole programs, gradients included, and not in every layer: there it would stand between XLA
+    and its view of the model, and copy what it returns. Elsewhere there is none: run(None).
+    """
+    fit = None
+    if "llama" in layer_indices(model):
+        fit = documents_fit(segment_ids, model.heads, model.width // model.heads, compute_dtype(model), sharding.AXES)
+    if fit is None:
+        return run(None)
+    return jax.lax.cond(fit, lambda: run("packed"), lambda: run("blockwise"))
 
 
 def validate(model: Model) -> None:

@@ -5,6 +5,7 @@ moments are float32.
 """
 
 import dataclasses
+import functools
 from typing import Any
 
 import jax
@@ -57,10 +58,13 @@ def gradients(config: Config, params, batch: dict) -> tuple[jax.Array, Any]:
     also where micro-batches differ in padding.
     """
 
-    def summed(params, micro):
-        return models.loss(config.model, params, micro)  # (sum of nats, sum of weights)
+    def value_and_grad(params, micro):
+        def run(softmax):
+            summed = functools.partial(models.loss, config.model, batch=micro, softmax=softmax)
+            return jax.value_and_grad(summed, has_aux=True)(params)  # ((sum of nats, sum of weights), gradients)
 
-    value_and_grad = jax.value_and_grad(summed, has_aux=True)
+        return models.by_documents(config.model, micro["segment_ids"], run)
+
     if config.train.accumulation == 1:
         (nats, weights), grads = value_and_grad(params, batch)
     else:
@@ -82,4 +86,5 @@ def gradients(config: Config, params, batch: dict) -> tuple[jax.Array, Any]:
 
 def eval_step(config: Config, params, batch: dict) -> tuple[jax.Array, jax.Array]:
     """Sum of nats and sum of weights of one batch, float32 scalars."""
-    return models.loss(config.model, params, batch)
+    run = functools.partial(models.loss, config.model, params, batch)
+    return models.by_documents(config.model, batch["segment_ids"], run)

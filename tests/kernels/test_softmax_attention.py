@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from jax.experimental import topologies
 
-from linscale.kernels import Axes, softmax_attention
+from linscale.kernels import Axes, documents_fit, softmax_attention
 from linscale.kernels.softmax_attention import blockwise, cudnn_packed, splash
 
 
@@ -40,6 +40,16 @@ def test_queries_at_an_offset_see_the_cache_up_to_themselves():
     np.testing.assert_allclose(got, reference(q, k, v, offset=9), atol=1e-5)
 
 
+def test_packed_says_what_it_needs():
+    x = jnp.zeros((1, 4, 2, 8))
+    with pytest.raises(
+        ValueError, match="needs segment_ids, bfloat16, channels in eights and a GPU of Hopper or later; q is float32"
+    ):
+        softmax_attention(x, x, x, segment_ids=jnp.zeros((1, 4), int), implementation="packed")
+    with pytest.raises(ValueError, match="'blockwise' cannot serve: it does not decode with a cache"):
+        softmax_attention(x, x, x, offset=0, implementation="blockwise")
+
+
 def test_bad_shapes_are_named():
     x = jnp.zeros((1, 4, 2, 8))
     with pytest.raises(ValueError, match="without offset they must be equal"):
@@ -50,11 +60,32 @@ def test_bad_shapes_are_named():
 
 def test_document_table_names_starts_and_lengths():
     ids = np.array([[1, 1, 2, 3, 3, 3], [7, 7, 7, 7, 7, 0]])
-    starts, lengths, fits = cudnn_packed.document_table(jnp.array(ids), 4)
+    starts, lengths = cudnn_packed.document_table(jnp.array(ids), 4)
     np.testing.assert_array_equal(starts, [[0, 2, 3, -1, -1], [0, 5, -1, -1, -1]])
     np.testing.assert_array_equal(lengths, [[2, 1, 3, -1], [5, 1, -1, -1]])
-    assert fits
-    assert not cudnn_packed.document_table(jnp.array(ids), 2)[2]
+
+
+@pytest.mark.parametrize(("most", "fit"), [(1, False), (2, False), (3, True), (6, True)])
+def test_documents_fit_when_every_row_has_room(monkeypatch, most, fit):
+    ids = jnp.array([[1, 1, 2, 3, 3, 3], [7, 7, 7, 7, 7, 0]])
+    assert documents_fit(ids, 4, 64, jnp.bfloat16) is None, "there is no choice on this device"
+    monkeypatch.setattr(cudnn_packed, "serves_packed", lambda *_: True)
+    monkeypatch.setattr(cudnn_packed, "MOST", most)
+    assert bool(documents_fit(ids, 4, 64, jnp.bfloat16)) == fit
+
+
+def test_the_choice_sees_one_device_of_a_mesh(monkeypatch):
+    monkeypatch.setattr(cudnn_packed, "serves_packed", lambda *_: True)
+    served = []
+    monkeypatch.setattr(cudnn_packed, "documents_served", lambda shape: served.append(shape) or 16)
+    auto = (jax.sharding.AxisType.Auto,) * 4
+    for sizes in ((2, 2, 1, 2), (1, 1, 2, 1)):
+        mesh = jax.sharding.AbstractMesh(sizes, ("data", "fsdp", "sequence", "tensor"), axis_types=auto)
+        with jax.sharding.use_abstract_mesh(mesh):
+            ids = jax.ShapeDtypeStruct((8, 64), jnp.int32)
+            answer = jax.eval_shape(lambda ids: documents_fit(ids, 4, 64, jnp.bfloat16, Axes()), ids)
+            assert (answer is None) == (sizes[2] > 1), "over the sequence axis keys are gathered, and nothing is packed"
+    assert served == [(2, 64, 2, 64)]
 
 
 def test_blocks_of_queries_equal_the_sum(monkeypatch):
@@ -94,7 +125,7 @@ def test_packed_cudnn_lowers_on_this_jax(monkeypatch):
 @pytest.mark.parametrize("documents_a_row", (1, 5, 100))
 @pytest.mark.parametrize("tokens", (512, 1000))
 def test_packed_cudnn_equals_a_mask(documents_a_row, tokens):
-    """100 documents a row are more than the table holds: the slow form must take over."""
+    """100 documents a row are more than the table holds: blocks of queries must take over."""
     rng = np.random.default_rng(tokens + documents_a_row)
     q, k, v, d_out = jnp.asarray(rng.normal(size=(4, 3, tokens, 4, 64)), jnp.bfloat16)
     ids = jnp.asarray(1 + np.cumsum(rng.random((3, tokens)) < (documents_a_row - 1) / tokens, axis=1))
@@ -103,7 +134,7 @@ def test_packed_cudnn_equals_a_mask(documents_a_row, tokens):
     def exact(q, k, v):
         return jax.nn.dot_product_attention(q, k, v, mask=mask, is_causal=True, implementation="xla")
 
-    out, pull = jax.vjp(lambda *x: softmax_attention(*x, segment_ids=ids, implementation="cudnn"), q, k, v)
+    out, pull = jax.vjp(lambda *x: softmax_attention(*x, segment_ids=ids), q, k, v)
     want, pull_exact = jax.vjp(exact, *(x.astype(jnp.float32) for x in (q, k, v)))
     for a, b in zip((out, *pull(d_out)), (want, *pull_exact(d_out.astype(jnp.float32))), strict=True):
         a, b = (np.asarray(x, np.float64) for x in (a, b))

@@ -69,8 +69,8 @@ def test_a_bad_step_changes_counters_alone(monkeypatch, accumulation):
     c = config(accumulation=accumulation)
     honest = models.loss
 
-    def poisoned(model, params, batch):  # tokens are never all zero by chance
-        nats, weights = honest(model, params, batch)
+    def poisoned(model, params, batch, softmax):  # tokens are never all zero by chance
+        nats, weights = honest(model, params, batch, softmax)
         return nats * jnp.where(jnp.all(batch["tokens"][0] == 0), jnp.nan, 1.0), weights
 
     monkeypatch.setattr(models, "loss", poisoned)
