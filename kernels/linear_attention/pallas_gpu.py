@@ -76,11 +76,8 @@ def pallas_gpu(q, k, v, log_decay, phase, initial_state, segment_ids):
         docs = _documents(segment_ids, q, spans)
         out, state = pallas_gpu_phase.on_chip(tokens, spans, q, k, v, phase, initial_state, segment_ids, docs)
     elif log_decay is not None and log_decay.ndim == 4:
-        log_decay = widen(log_decay)
-        if segment_ids is not None:  # a gate that lets nothing through, before a document's first token
-            k = (-jnp.expm1(log_decay.astype(jnp.float32))).astype(q.dtype) if k is None else k
-            log_decay = jnp.where(document_starts(segment_ids, q)[..., None, None], -jnp.inf, log_decay)
-        out, state = _vector(q, k, v, log_decay, initial_state)
+        first = None if segment_ids is None else document_starts(segment_ids, q)
+        out, state = _vector(q, k, v, widen(log_decay), initial_state, first)
     else:
         log_decay = jnp.zeros(q.shape[2], jnp.float32) if log_decay is None else log_decay
         out, state = _scalar(tokens, q, k, v, log_decay, initial_state, segment_ids)
@@ -93,12 +90,17 @@ def _pad(x, widths, **kw):
 
 
 @jax.custom_vjp
-def _vector(q, k, v, log_decay, initial_state):
-    out, after, _ = _vector_values(q, k, v, log_decay, initial_state, save=False)
-    return out, after
+def _vector(q, k, v, log_decay, initial_state, first):
+    return _vector_values(q, k, v, _marked(log_decay, first), initial_state, first is not None, save=False)[:2]
 
 
-def _vector_values(q, k, v, log_decay, initial_state, save):
+def _marked(log_decay, first):
+    from linscale.kernels.linear_attention.pallas_gpu_gates import mark
+
+    return log_decay if first is None else mark(log_decay, first)
+
+
+def _vector_values(q, k, v, log_decay, initial_state, documents, save):
     """out, the last state, and what the backward pass needs: states before each chunk and scores."""
     from linscale.kernels.linear_attention.pallas_gpu_vector import forward
     from linscale.kernels.linear_attention.pallas_gpu_vector_states import states
@@ -106,30 +108,34 @@ def _vector_values(q, k, v, log_decay, initial_state, save):
     spans = choose_spans("vector", q.shape[0] * q.shape[2], q.shape[1])
     before = None if initial_state is None else initial_state[:, None]
     if spans > 1:
-        before = chain(initial_state, *states(k, v, log_decay, spans=spans))
-    out, after, *saved = forward(q, k, v, log_decay, before, spans=spans, save=save)
+        before = chain(initial_state, *states(k, v, log_decay, spans=spans, documents=documents))
+    out, after, *saved = forward(q, k, v, log_decay, before, spans=spans, save=save, documents=documents)
     return out, after[:, -1], saved
 
 
-def _vector_forward(q, k, v, log_decay, initial_state):
-    out, after, saved = _vector_values(q, k, v, log_decay, initial_state, save=True)
+def _vector_forward(q, k, v, log_decay, initial_state, first):
+    log_decay, documents = _marked(log_decay, first), first is not None
+    out, after, saved = _vector_values(q, k, v, log_decay, initial_state, documents, save=True)
     states, scores = kept(saved)
-    return (out, after), (q, k, v, log_decay, states, scores, None if initial_state is None else ())
+    flags = tuple(() if present else None for present in (initial_state is not None, documents))
+    return (out, after), (q, k, v, log_decay, states, scores, flags)
 
 
 def _vector_backward(residuals, cotangents):
     from linscale.kernels.linear_attention.pallas_gpu_vector_backward import carry, within
     from linscale.kernels.linear_attention.pallas_gpu_vector_states import states as span_states
 
-    q, k, v, log_decay, states, scores, given = residuals
+    q, k, v, log_decay, states, scores, flags = residuals
+    given, documents = (flag is not None for flag in flags)
     d_out, d_state = cotangents
     spans = choose_spans("vector", q.shape[0] * q.shape[2], q.shape[1])
+    named = {"spans": spans, "documents": documents}
     d_after = d_state[:, None]
     if spans > 1:
-        d_after = chain(d_state, *span_states(q, d_out, log_decay, spans=spans, reverse=True), reverse=True)
-    dv, grads, before = carry(q, k, d_out, log_decay, scores, d_after, spans=spans)
-    dq, dk, d_log_decay = within(q, k, v, d_out, log_decay, states, grads)
-    return dq, dk, dv, d_log_decay, None if given is None else before[:, 0]
+        d_after = chain(d_state, *span_states(q, d_out, log_decay, reverse=True, **named), reverse=True)
+    dv, grads, before = carry(q, k, d_out, log_decay, scores, d_after, **named)
+    dq, dk, d_log_decay = within(q, k, v, d_out, log_decay, states, grads, documents=documents)
+    return dq, dk, dv, d_log_decay, before[:, 0] if given else None, None
 
 
 _vector.defvjp(_vector_forward, _vector_backward)

@@ -32,9 +32,27 @@ def constant(value, shape):
     return plgpu.layout_cast(jnp.full(shape, value, F32), ROWS)
 
 
-def tied_key(g, a):
-    """1 - a for a = exp(g); near zero the difference would lose digits."""
-    return jnp.where(g > -0.02, -g * (1.0 + g * (0.5 + g * (1.0 / 6.0))), 1.0 - a)
+FAINT = 1e-30  # the mark of a first token whose own log decay is zero
+
+
+def mark(log_decay, first):
+    """log_decay with its sign turned where `first`, [B,T], says that a document's first token is."""
+    marked = jnp.maximum(-log_decay, jnp.asarray(FAINT, log_decay.dtype))
+    return jnp.where(first[..., None, None], marked, log_decay)
+
+
+def gates(x, documents, tied):
+    """(gates, keys 1 - exp(log decay) if `tied`) of log decays x, in which `documents` says whether first tokens are marked.
+
+    A first token's gate is closed, so that nothing of earlier documents passes; its key is its log decay's all the same.
+    """
+    g = jnp.minimum(x, -x) if documents else x
+    a = jnp.exp(g)
+    closed = jnp.where(x > 0.0, 0.0, a) if documents else a
+    if not tied:
+        return closed, None
+    # Near zero the difference would lose digits.
+    return closed, jnp.where(g > -0.02, -g * (1.0 + g * (0.5 + g * (1.0 / 6.0))), 1.0 - a)
 
 
 def products(to_token, after_token, whole, whole_s, visit=None):

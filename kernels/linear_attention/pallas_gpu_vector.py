@@ -16,7 +16,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from linscale.kernels.linear_attention import pallas_gpu_rows as rows
-from linscale.kernels.linear_attention.pallas_gpu_gates import SHARED, SLICE, TILE, products, tied_key, tiles
+from linscale.kernels.linear_attention.pallas_gpu_gates import SHARED, SLICE, TILE, gates, products, tiles
 from linscale.kernels.linear_attention.pallas_gpu_scalar import (
     BF,
     F32,
@@ -31,11 +31,12 @@ from linscale.kernels.linear_attention.pallas_gpu_scalar import (
 )
 
 
-def forward(q, k, v, log_decay, initial, *, spans=1, save=False, stages=2):
+def forward(q, k, v, log_decay, initial, *, spans=1, save=False, documents=False, stages=2):
     """out [B,T,H,V], the state after each span [B,N,H,K,V]; with `save` what the backward pass needs, else None twice:
     the state before each chunk [B,chunks,H,K,V] and the scores [B,chunks,H,C,C], bfloat16.
 
-    k may be None: 1 - exp(log_decay). log_decay float32 or bfloat16; initial [B,N,H,K,V] or None.
+    k may be None: 1 - exp(log_decay). log_decay float32 or bfloat16, with first tokens marked if there are `documents`;
+    initial [B,N,H,K,V] or None.
     """
     B, T, H, K = q.shape
     V = v.shape[-1]
@@ -74,10 +75,9 @@ def forward(q, k, v, log_decay, initial, *, spans=1, save=False, stages=2):
                 levels = list(levels)
                 mine = pl.ds(wg * (K // 2) + part * SLICE, SLICE)
                 keys = k_s.at[zero if tied else slot]
-                g = load(g_s.at[slot, :, mine]).astype(F32)
-                a = jnp.exp(g)
+                a, k = gates(load(g_s.at[slot, :, mine]).astype(F32), documents, tied)
                 q = load(q_s.at[slot, :, mine]).astype(F32)
-                k = tied_key(g, a) if tied else load(keys.at[:, mine]).astype(F32)
+                k = k if tied else load(keys.at[:, mine]).astype(F32)
                 levels[0] = rows.tile_products(levels[0], q.astype(BF), k.astype(BF))
 
                 def weighted(level, size, query, key, mine=mine):

@@ -27,10 +27,10 @@ from linscale.kernels.linear_attention.pallas_gpu_gates import (
     TILE,
     constant,
     crossing,
+    gates,
     index,
     products,
     spanned,
-    tied_key,
     tiles,
 )
 from linscale.kernels.linear_attention.pallas_gpu_scalar import (
@@ -49,11 +49,11 @@ from linscale.kernels.linear_attention.pallas_gpu_scalar import (
 from linscale.kernels.linear_attention.pallas_gpu_scalar import tiles as wide_tiles
 
 
-def carry(q, k, do, log_decay, scores, after, *, spans=1, stages=2):
+def carry(q, k, do, log_decay, scores, after, *, spans=1, documents=False, stages=2):
     """dv [B,T,H,V], the gradient of the state after each chunk [B,chunks,H,K,V] bfloat16 and of the state before each
     span [B,N,H,K,V] float32.
 
-    k may be None: 1 - exp(log_decay). scores [B,chunks,H,C,C] from the forward kernel; after [B,N,H,K,V] or None: the
+    k may be None: 1 - exp(log_decay), in which first tokens are marked if there are `documents`. scores [B,chunks,H,C,C] from the forward kernel; after [B,N,H,K,V] or None: the
     gradient of the state after each span. Each computing warpgroup weights half of the key channels and owns half of
     the value channels.
     """
@@ -82,9 +82,8 @@ def carry(q, k, do, log_decay, scores, after, *, spans=1, stages=2):
                 mine = pl.ds(wg * (K // 2) + part * SLICE, SLICE)
                 keys = (k_s if tied else k_s.at[slot]).at[:, mine]
                 queries = q_s.at[slot, :, mine]
-                g = load(g_s.at[slot, :, mine]).astype(F32)
-                a = jnp.exp(g)
-                k = tied_key(g, a) if tied else load(keys).astype(F32)
+                a, k = gates(load(g_s.at[slot, :, mine]).astype(F32), documents, tied)
+                k = k if tied else load(keys).astype(F32)
                 query, key, whole = products(load(queries).astype(F32) * a, k, a, whole_s.at[wg, part])
                 queries[...] = query.astype(BF)
                 keys[...] = key.astype(BF)
@@ -173,7 +172,7 @@ def carry(q, k, do, log_decay, scores, after, *, spans=1, stages=2):
     return call(body, "linear_attention_vector_carry", out_type, scratch, (B, spans, H))(*inputs)
 
 
-def within(q, k, v, do, log_decay, states, grads):
+def within(q, k, v, do, log_decay, states, grads, *, documents=False):
     """dq, dk (None if k is) [B,T,H,K] and the gradient of log_decay, in its dtype.
 
     states, grads [B,chunks,H,K,V]: the state before and its gradient after each chunk. With k None the gradient of
@@ -233,10 +232,9 @@ def within(q, k, v, do, log_decay, states, grads):
         @pl.loop(0, part // SLICE)
         def _slice(s):
             mine = pl.ds(s * SLICE, SLICE)
-            g = load(g_s.at[:, mine]).astype(F32)
-            a = jnp.exp(g)
+            a, k = gates(load(g_s.at[:, mine]).astype(F32), documents, tied)
             q = load(q_s.at[:, mine]).astype(F32)
-            k = tied_key(g, a) if tied else load(k_s.at[:, mine]).astype(F32)
+            k = k if tied else load(k_s.at[:, mine]).astype(F32)
             sums = {"q": k * same_token, "k": q * same_token, "g": zero}
 
             def learn(level, size, to_token, after_token, mine=mine, q=q, k=k, sums=sums):

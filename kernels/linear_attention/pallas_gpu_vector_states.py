@@ -14,15 +14,15 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from linscale.kernels.linear_attention import pallas_gpu_rows as rows
-from linscale.kernels.linear_attention.pallas_gpu_gates import SHARED, SLICE, constant, products, tied_key, tiles
+from linscale.kernels.linear_attention.pallas_gpu_gates import SHARED, SLICE, constant, gates, products, tiles
 from linscale.kernels.linear_attention.pallas_gpu_scalar import BF, F32, ROWS, C, Walk, call, load, ring
 
 
-def states(k, v, log_decay, *, spans, reverse=False, stages=4):
+def states(k, v, log_decay, *, spans, reverse=False, documents=False, stages=4):
     """What each span adds to a state that enters it as zero [B,N,H,K,V], and what is left of that one [B,N,H,K], float32.
 
     Forward: k [B,T,H,K] or None (1 - exp(log_decay)) and v. Reverse, with (q, do) for (k, v): the gradient of the state
-    before each span.
+    before each span. `documents`: first tokens are marked in log_decay.
     """
     B, T, H, K = log_decay.shape
     V, part = v.shape[-1], 64
@@ -49,9 +49,8 @@ def states(k, v, log_decay, *, spans, reverse=False, stages=4):
                 @pl.loop(0, part // SLICE)
                 def _slice(s):
                     here, there = pl.ds(wg * part + s * SLICE, SLICE), pl.ds(s * SLICE, SLICE)
-                    g = load(g_s.at[slot, :, here]).astype(F32)
-                    a = jnp.exp(g)
-                    key = tied_key(g, a) if tied else load(k_s[0].at[slot, :, here]).astype(F32)
+                    a, key = gates(load(g_s.at[slot, :, here]).astype(F32), documents, tied)
+                    key = key if tied else load(k_s[0].at[slot, :, here]).astype(F32)
                     if reverse:
                         key, _, whole = products(key * a, None, a, whole_s.at[wg, s])
                     else:

@@ -76,6 +76,7 @@ def draw(kind, tokens, **kw):
         ("vector/1", 1, True, False),
         ("vector/0.1", 2, False, True),
         ("vector/10", 2, True, False),
+        ("vector/0.1", 2, True, True),
     ],
 )
 def test_values_states_and_gradients(kind, spans, segments, tied, monkeypatch):
