@@ -6,8 +6,9 @@ which is a causal Toeplitz product with coefficients T_m = sum_k C_k (1 - lambda
 [D,E] of its parameters and its cost, not the parametrisation. Here the read-out C is learned and the decays are fixed,
 one time scale a state, spaced geometrically from 1/4 to 4096 tokens; C starts near the identity (fastest state 1).
 
-Worked out in chunks: inside a chunk as a short convolution, between chunks by the state; no state per token is stored.
-Spans of the tokens, on the devices of a mesh or side by side on one, hand on the state alone.
+Worked out in chunks: inside a chunk as a convolution, which is a product with a matrix a channel, between chunks by the
+state; no state per token is stored. Spans of the tokens, on the devices of a mesh or side by side on one, hand on the
+state alone.
 
 Letters: B batch, T tokens, N chunks, P tokens of a chunk, D width, E states of a channel.
 """
@@ -24,8 +25,7 @@ from linscale.kernels.axes import Axes, mesh_for, over_mesh
 from linscale.kernels.handing_on import documents, hand_on
 from linscale.sharding import AXES
 
-CHUNK = 16
-SPAN = 32  # chunks between stored states
+CHUNK = 64
 
 
 class Tpe(nnx.Module):
@@ -84,10 +84,17 @@ def _side_by_side(x_BTD, coefficients_DE, state_BDE, segment_ids):
     if spans == 1:
         return _on_device(x_BTD, coefficients_DE, state_BDE, segment_ids)
     cut = lambda x: None if x is None else x.reshape(batch, spans, tokens // spans, *x.shape[2:])  # noqa: E731
-    run = functools.partial(_span, axis="spans")
-    run = jax.vmap(run, in_axes=(1, None, None, None if segment_ids is None else 1), out_axes=(1, 0), axis_name="spans")
-    y_BSTD, after_SBDE = run(cut(x_BTD), coefficients_DE, state_BDE, cut(segment_ids))
-    return y_BSTD.reshape(x_BTD.shape), after_SBDE[0]
+    states = jax.vmap(
+        functools.partial(_states, axis="spans"),
+        in_axes=(1, None, None if segment_ids is None else 1),
+        out_axes=(1, 0),
+        axis_name="spans",
+    )
+    before_BSDE, after_SBDE = states(cut(x_BTD), state_BDE, cut(segment_ids))
+    rows = lambda x: None if x is None else x.reshape(batch * spans, -1, *x.shape[2:])  # noqa: E731
+    before = before_BSDE.reshape(batch * spans, *state_BDE.shape[1:])
+    y, _ = _on_device(rows(x_BTD), coefficients_DE, before, rows(segment_ids))
+    return y.reshape(x_BTD.shape), after_SBDE[0]
 
 
 def spans_of_a_row(batch: int, tokens: int) -> int:
@@ -113,50 +120,101 @@ def _states(x_BTD, initial_BDE, segment_ids, axis):
     return before if begins_B is None else jnp.where(begins_B[:, None, None], 0, before), after
 
 
+@jax.checkpoint
 def _on_device(x_BTD, coefficients_DE, state_BDE, segment_ids):
     batch, tokens, width = x_BTD.shape
     chunk = min(CHUNK, tokens)
     chunks = -(-tokens // chunk)
-    spans = -(-chunks // SPAN)
-    chunks = -(-chunks // spans) * spans
     lam = decays(coefficients_DE.shape[1])
+    log_lam_E = jnp.asarray(np.log(lam), jnp.float32)
     i = np.arange(chunk)
     einsum = functools.partial(jnp.einsum, precision="highest")
     taps_PD = einsum("pe,de->pd", jnp.asarray((1 - lam) * lam ** i[:, None], jnp.float32), coefficients_DE)
     carry_in_PE = jnp.asarray(lam ** (i[:, None] + 1), jnp.float32)
 
-    log_lam_E = jnp.asarray(np.log(lam), jnp.float32)
-    lengths = np.clip(tokens - chunk * np.arange(chunks), 0, chunk)
+    def carry_out_PE(length):  # padded x are zero: any finite weight will do
+        return jnp.asarray(1 - lam, jnp.float32) * jnp.exp(np.maximum(length - 1 - i, 0)[:, None] * log_lam_E)
 
-    def to_spans(x, **pad):
-        """[B,T,...] -> [spans, chunks of a span, B, P, ...], padded at the end."""
+    def to_chunks(x, **pad):
+        """[B,T,...] -> [B,N,P,...], padded at the end."""
         x = jnp.pad(x, [(0, 0), (0, chunks * chunk - tokens)] + [(0, 0)] * (x.ndim - 2), **pad)
-        x = x.reshape(batch, spans, chunks // spans, chunk, *x.shape[2:])
-        return jnp.moveaxis(x, (1, 2), (0, 1))
+        return x.reshape(batch, chunks, chunk, *x.shape[2:])
 
-    starts = jnp.zeros((batch, tokens), bool)
+    x_BNPD = writes_BNPD = to_chunks(x_BTD)
+    place_BNP, reads_BNP, survives_BN = None, 1.0, jnp.ones((batch, chunks))
     if segment_ids is not None:
         starts = jnp.pad(segment_ids[:, 1:] != segment_ids[:, :-1], ((0, 0), (1, 0)))
-    begun = to_spans(jnp.cumsum(starts, axis=1), mode="edge")
-    xs = (to_spans(x_BTD), begun, to_spans(starts), jnp.asarray(lengths).reshape(spans, -1))
+        begun_BNP = to_chunks(jnp.cumsum(starts, axis=1), mode="edge")
+        before_BN = begun_BNP[..., 0] - to_chunks(starts)[..., 0]
+        place_BNP = begun_BNP - begun_BNP[..., :1]
+        reads_BNP = (begun_BNP == before_BN[..., None])[..., None]
+        writes_BNPD = x_BNPD * (begun_BNP == begun_BNP[..., -1:])[..., None]
+        survives_BN = (before_BN == begun_BNP[..., -1]).astype(jnp.float32)
 
     def one_chunk(state_BDE, x):
-        x_BPD, begun_BP, starts_BP, length = x
-        to_end_P = jnp.maximum(length - 1 - i, 0)  # padded x are zero: any finite weight will do
-        carry_out_PE = jnp.asarray(1 - lam, jnp.float32) * jnp.exp(to_end_P[:, None] * log_lam_E)
-        y_BPD = jnp.zeros_like(x_BPD)
-        for lag in range(chunk):  # the convolution inside the chunk, fused by XLA into one loop
-            same = begun_BP[:, lag:] == begun_BP[:, : chunk - lag]
-            part = taps_PD[lag] * x_BPD[:, : chunk - lag] * same[..., None]
-            y_BPD += jnp.pad(part, ((0, 0), (lag, 0), (0, 0)))
-        before_B = begun_BP[:, 0] - starts_BP[:, 0]
-        reads = begun_BP == before_B[:, None]
-        y_BPD += einsum("bde,pe->bpd", state_BDE * coefficients_DE, carry_in_PE) * reads[..., None]
-        reaches = begun_BP == begun_BP[:, -1:]
-        survives = (before_B == begun_BP[:, -1])[:, None, None]
-        new = einsum("pe,bpd->bde", carry_out_PE, x_BPD * reaches[..., None])
-        return state_BDE * jnp.exp(length * log_lam_E) * survives + new, y_BPD
+        added_BDE, survives_B = x
+        across = jnp.exp(chunk * log_lam_E) * survives_B[:, None, None]
+        return state_BDE * across + added_BDE, state_BDE
 
-    state, y = jax.lax.scan(jax.checkpoint(lambda s, x: jax.lax.scan(one_chunk, s, x)), state_BDE, xs)
-    y = jnp.moveaxis(y, 2, 0).reshape(batch, chunks * chunk, width)  # from [spans,N,B,P,D]
-    return y[:, :tokens], state
+    added_NBDE = einsum("pe,bnpd->nbde", carry_out_PE(chunk), writes_BNPD[:, :-1])
+    last_BDE, states_NBDE = jax.lax.scan(one_chunk, state_BDE, (added_NBDE, survives_BN[:, :-1].T))
+    states_NBDE = jnp.concatenate([states_NBDE, last_BDE[None]])
+    y_BNPD = _convolve(x_BNPD, taps_PD, place_BNP)
+    y_BNPD += einsum("nbde,pe->bnpd", states_NBDE * coefficients_DE, carry_in_PE) * reads_BNP
+    length = tokens - chunk * (chunks - 1)
+    after_BDE = last_BDE * jnp.exp(length * log_lam_E) * survives_BN[:, -1, None, None]
+    after_BDE += einsum("pe,bpd->bde", carry_out_PE(length), writes_BNPD[:, -1])
+    return y_BNPD.reshape(batch, -1, width)[:, :tokens], after_BDE
+
+
+@jax.custom_vjp
+def _convolve(x_BNPD, taps_PD, place_BNP):
+    """y_p = sum over q <= p of its document of taps_(p-q) x_q, in each chunk.
+
+    place: the number of each token's document in its chunk, from 0, or None for one document. One product with the
+    matrix of taps serves one document of every chunk, so there are as many products as the fullest chunk has documents.
+    """
+    matrix_PQD = _toeplitz_matrix(taps_PD)
+    product = functools.partial(jnp.einsum, "pqd,bnqd->bnpd", precision="highest")
+    return _by_place(place_BNP, lambda of_one: of_one(product(matrix_PQD, of_one(x_BNPD))))
+
+
+def _convolve_forward(*args):
+    return _convolve(*args), args
+
+
+def _convolve_backward(residuals, dy_BNPD):
+    x_BNPD, taps_PD, place_BNP = residuals
+    matrix_PQD, pullback = jax.vjp(_toeplitz_matrix, taps_PD)
+    einsum = functools.partial(jnp.einsum, precision="highest")
+
+    def gradients(of_one):
+        dy = of_one(dy_BNPD)
+        dx = of_one(einsum("pqd,bnpd->bnqd", matrix_PQD, dy))
+        return dx, einsum("bnpd,bnqd->pqd", dy, of_one(x_BNPD))
+
+    dx_BNPD, d_matrix_PQD = _by_place(place_BNP, gradients)
+    return dx_BNPD, *pullback(d_matrix_PQD), None
+
+
+_convolve.defvjp(_convolve_forward, _convolve_backward)
+
+
+def _toeplitz_matrix(taps_PD):
+    """[P,Q,D]: taps_(p-q), 0 where q > p."""
+    lag = np.subtract.outer(np.arange(len(taps_PD)), np.arange(len(taps_PD)))
+    return jnp.where((lag >= 0)[..., None], taps_PD[np.maximum(lag, 0)], 0)
+
+
+def _by_place(place_BNP, part):
+    """The sum over places j of part(of_one), where of_one keeps the tokens of every chunk's j-th document."""
+    if place_BNP is None:
+        return part(lambda x: x)
+
+    def add(carry):
+        j, total = carry
+        here = part(lambda x: jnp.where((place_BNP == j)[..., None], x, 0))
+        return j + 1, jax.tree.map(jnp.add, total, here)
+
+    zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(lambda: part(lambda x: x)))
+    return jax.lax.while_loop(lambda carry: carry[0] <= jnp.max(place_BNP), add, (0, zeros))[1]
