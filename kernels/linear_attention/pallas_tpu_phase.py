@@ -71,6 +71,20 @@ def folded(d_features, cos, sin):
     return of_cos * cos + of_sin * sin
 
 
+def turning(x, d_x):
+    """Gradient of a turn of features or states x, in float32.
+
+    To be given the x that the products had: a pair's query and key then contribute the same with opposite signs, and the
+    pair counts with the tokens between them. With unrounded ones, what rounding leaves would count with places up to C.
+    """
+    (even, odd), (d_even, d_odd) = parts(x.astype(F32)), parts(d_x)
+    return even * d_odd - odd * d_even
+
+
+def along(x):
+    return jnp.sum(x, axis=0, keepdims=True)
+
+
 def own(x, head, heads):
     """Features with those of the column's other heads set to zero."""
     return x if heads == 1 else both(*(only(p, head, heads) for p in parts(x)))
@@ -226,15 +240,12 @@ def backward(plan: Plan, q, k, v, theta, docs, saved, d_out, d_final, *, learn: 
                 dk_ref[at] = folded(d_keys, *here).astype(dtype)
                 dv_ref[at] = (by_head(dvs, heads) + dot(keys_out, low, NT)).astype(dtype)
                 if learn:
-                    learned = folded(d_queries, -here[1], here[0]) * q + folded(d_keys, -here[1], here[0]) * k
-                    learned = learned * lax.broadcasted_iota(jnp.int32, learned.shape, 0).astype(F32)
-                    d_theta_ref[0, w, :1] += jnp.sum(learned, axis=0, keepdims=True)
                     # The turn: states before the chunk and keys of the chunk, as its first token sees them.
-                    (even, odd), (d_even, d_odd) = parts(states[w, c].astype(F32)), parts(after)
-                    carried = times(jnp.sum(d_even * odd - d_odd * even, axis=0, keepdims=True), weight.through)
-                    (even, odd), (d_even, d_odd) = parts(keys_out.astype(F32)), parts(d_keys_out)
-                    carried += jnp.sum(d_even * odd - d_odd * even, axis=0, keepdims=True)
-                    d_theta_ref[0, w, :1] += C * carried
+                    carried = times(along(turning(states[w, c], after)), weight.through)
+                    carried += along(turning(keys_out, d_keys_out))
+                    place = lax.broadcasted_iota(jnp.int32, (C, 1), 0).astype(F32)
+                    learned = along(place * (turning(queries, d_queries) + turning(keys, d_keys)))
+                    d_theta_ref[0, w, :1] += learned - C * carried
                 d_state[w] = times(after, through_documents(weight)) + own_states(
                     dot(d_out, scale(queries, weight.q_in), TN), heads
                 )
