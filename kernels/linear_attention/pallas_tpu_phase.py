@@ -4,7 +4,9 @@ A query and a key meet as sum_c q_c k_c cos((t-s) theta_c), which is plain linea
 the features x cos(i theta) and x sin(i theta), i the place in the chunk. They are formed on chip from tables of C rows
 that are read once per row of blocks. The state [128, cos 128 | sin 128], value channels first, is held as the chunk's
 first token sees it, so that the same features serve for pairs inside the chunk and for the state; from chunk to chunk it
-turns by C theta. Turning it to where callers want it is left to XLA, outside (pallas_tpu.py).
+turns by C theta. After the last chunk it is given back as that chunk's first token sees it: a turn to the chunk's end
+and back would leave in the gradient of theta the rounding of C times what cancels. Turning it to where callers want it is
+left to XLA, outside (pallas_tpu.py).
 
 Blocks, columns and the two walks of the backward pass are those of pallas_tpu_scalar.
 
@@ -116,7 +118,7 @@ def load_tables(table_ref, w, C):
 
 
 def forward(plan: Plan, q, k, v, theta, initial, docs, *, save: bool):
-    """(out, the state after the last block, the states before the blocks if `save`).
+    """(out, the state after all tokens, the states before the blocks if `save`).
 
     As pallas_tpu_scalar.forward, but states are [...,128,256], value channels first; theta [W*128] float32.
     """
@@ -162,7 +164,9 @@ def forward(plan: Plan, q, k, v, theta, initial, docs, *, save: bool):
 
         @pl.when(t == pl.num_programs(2) - 1)
         def _():
-            final_ref[0] = state[...]
+            for w in range(columns):
+                cos, sin = load_tables(table_ref, w, C)[1]
+                final_ref[0, w] = turn(state[w], cos, -sin)
 
     one = (batch, width // LANES, LANES, 2 * LANES)
     inputs = [("tokens", q), ("tokens", k), ("tokens", v), ("table", tables(plan, theta))]
@@ -197,7 +201,9 @@ def backward(plan: Plan, q, k, v, theta, docs, saved, d_out, d_final, *, learn: 
 
         @pl.when(step == 0)
         def _():
-            d_state[...] = jnp.zeros_like(d_state) if d_final_ref is None else d_final_ref[0]
+            for w in range(columns):
+                after = jnp.zeros(d_state.shape[1:], F32) if d_final_ref is None else d_final_ref[0, w]
+                d_state[w] = turn(after, *load_tables(table_ref, w, C)[1])
             if learn:
                 d_theta_ref[...] = jnp.zeros_like(d_theta_ref)
 
@@ -245,7 +251,8 @@ def backward(plan: Plan, q, k, v, theta, docs, saved, d_out, d_final, *, learn: 
                     carried += along(turning(keys_out, d_keys_out))
                     place = lax.broadcasted_iota(jnp.int32, (C, 1), 0).astype(F32)
                     learned = along(place * (turning(queries, d_queries) + turning(keys, d_keys)))
-                    d_theta_ref[0, w, :1] += learned - C * carried
+                    turned_by = jnp.where((step == 0) & (i == 0), 0.0, float(C))  # not after the last chunk
+                    d_theta_ref[0, w, :1] += learned - turned_by * carried
                 d_state[w] = times(after, through_documents(weight)) + own_states(
                     dot(d_out, scale(queries, weight.q_in), TN), heads
                 )
