@@ -195,7 +195,7 @@ def _scalar(plan, q, k, v, rate, initial, docs):
 def _scalar_forward(plan, *args):
     q, k, v, rate, initial, docs = jax.tree.map(lambda x: x.value, args, is_leaf=lambda x: hasattr(x, "perturbed"))
     learn = args[3] is not None and args[3].perturbed
-    out, state, saved = scalar.forward(plan, q, k, v, rate, initial, docs, save=True)
+    out, state, saved = scalar.forward(plan, q, k, v, rate, initial, docs, save=True, exact=learn)
     return (out, state), (q, k, v, rate, docs, kept(saved), None if initial is None else (), () if learn else None)
 
 

@@ -18,24 +18,20 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from linscale.kernels.linear_attention.pallas_tpu_scalar import (
-    DOCUMENT_ROWS,
+from linscale.kernels.linear_attention.pallas_tpu_products import (
     F32,
     LANES,
     NN,
     NT,
     TN,
-    UNROLLED,
-    Plan,
     by_head,
-    call,
     dot,
     only,
     own_blocks,
     scale,
     times,
-    weights,
 )
+from linscale.kernels.linear_attention.pallas_tpu_scalar import DOCUMENT_ROWS, UNROLLED, Plan, call, weights
 
 
 def tables(plan, theta):

@@ -21,20 +21,18 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from linscale.kernels.linear_attention.pallas_tpu_scalar import (
+from linscale.kernels.linear_attention.pallas_tpu_products import (
     F32,
     LANES,
     NN,
     NT,
     TN,
-    UNROLLED,
-    Plan,
     by_head,
-    call,
     dot,
     only,
     own_blocks,
 )
+from linscale.kernels.linear_attention.pallas_tpu_scalar import UNROLLED, Plan, call
 
 TILE = 8  # sublanes: blocks of this many tokens and more are whole registers
 FORGET = -16384.0  # log of a gate of zero; a power of two, exact in bfloat16
