@@ -59,6 +59,8 @@ class TestAgainstFloat64Scan:
     def _channels(self, channels, interpreted, monkeypatch):
         monkeypatch.setattr(shared, "KEY", channels[0])
         monkeypatch.setattr(shared, "VALUE", channels[1])
+        yield
+        jax.clear_caches()  # a program takes hundreds of memory maps, a process has 65,530: past them compiles crash
 
     @pytest.mark.parametrize("kind", EVERY)
     @pytest.mark.parametrize("tokens", (1, 63, 127, 128, 129, 1000))
