@@ -148,7 +148,7 @@ def walk_back(q, k, v, d_out, a, state, d_after, masks, bits, heads):
         d_pairs.append(jnp.where(row > col, below, -above).astype(dtype))
     scores = [jnp.zeros((C, C), F32)] * heads  # [keys, queries]
 
-    # The order of products is for schedules: one of the state's here, and scores before gradients, take 4 % less each.
+    # The order of products is for schedules: one of the state's here, and scores before gradients, each save 4 % on v6e.
     dq_in = dot(d_out, state, NN)
     met = []  # level by level: (h, weight, both, its gradient)
     for mask, (h, weight) in zip(range(len(levels_of(C))), levels):
