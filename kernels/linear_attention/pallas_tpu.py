@@ -52,7 +52,7 @@ def pallas_tpu(q, k, v, log_decay, phase, initial_state, segment_ids):
         return x.reshape(batch, padded, width * LANES)
 
     initial = None if initial_state is None else initial_state.astype(jnp.float32)
-    if kind == "phase":  # the kernel's states are as the next block's first token sees them
+    if kind == "phase":  # the kernel takes the state as its first token sees it, and gives it as its last chunk's does
         theta = phase.astype(jnp.float32)
         initial = None if initial is None else _phase_to_columns(_turned(initial, theta, 1), width, heads)
     elif initial is not None:
@@ -71,7 +71,8 @@ def pallas_tpu(q, k, v, log_decay, phase, initial_state, segment_ids):
         out, state = _scalar(plan, q, k, v, rate, initial, docs)
     out = out.reshape(batch, padded, width * heads, LANES // heads)[:, :tokens, :H, :V]
     if kind == "phase":
-        return out, _turned(_phase_from_columns(state, heads, K)[:, :H, :, :V], theta, tokens - 1 - padded)
+        state = _phase_from_columns(state, heads, K)[:, :H, :, :V]
+        return out, _turned(state, theta, tokens - 1 - (padded - plan.chunk))
     return out, _state_from_columns(state, heads)[:, :H, :K, :V]
 
 
@@ -194,7 +195,7 @@ def _scalar(plan, q, k, v, rate, initial, docs):
 def _scalar_forward(plan, *args):
     q, k, v, rate, initial, docs = jax.tree.map(lambda x: x.value, args, is_leaf=lambda x: hasattr(x, "perturbed"))
     learn = args[3] is not None and args[3].perturbed
-    out, state, saved = scalar.forward(plan, q, k, v, rate, initial, docs, save=True)
+    out, state, saved = scalar.forward(plan, q, k, v, rate, initial, docs, save=True, exact=learn)
     return (out, state), (q, k, v, rate, docs, kept(saved), None if initial is None else (), () if learn else None)
 
 

@@ -4,7 +4,9 @@ A query and a key meet as sum_c q_c k_c cos((t-s) theta_c), which is plain linea
 the features x cos(i theta) and x sin(i theta), i the place in the chunk. They are formed on chip from tables of C rows
 that are read once per row of blocks. The state [128, cos 128 | sin 128], value channels first, is held as the chunk's
 first token sees it, so that the same features serve for pairs inside the chunk and for the state; from chunk to chunk it
-turns by C theta. Turning it to where callers want it is left to XLA, outside (pallas_tpu.py).
+turns by C theta. After the last chunk it is given back as that chunk's first token sees it: a turn to the chunk's end
+and back would leave in the gradient of theta the rounding of C times what cancels. Turning it to where callers want it is
+left to XLA, outside (pallas_tpu.py).
 
 Blocks, columns and the two walks of the backward pass are those of pallas_tpu_scalar.
 
@@ -16,24 +18,20 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from linscale.kernels.linear_attention.pallas_tpu_scalar import (
-    DOCUMENT_ROWS,
+from linscale.kernels.linear_attention.pallas_tpu_products import (
     F32,
     LANES,
     NN,
     NT,
     TN,
-    UNROLLED,
-    Plan,
     by_head,
-    call,
     dot,
     only,
     own_blocks,
     scale,
     times,
-    weights,
 )
+from linscale.kernels.linear_attention.pallas_tpu_scalar import DOCUMENT_ROWS, UNROLLED, Plan, call, weights
 
 
 def tables(plan, theta):
@@ -71,6 +69,20 @@ def folded(d_features, cos, sin):
     return of_cos * cos + of_sin * sin
 
 
+def turning(x, d_x):
+    """Gradient of a turn of features or states x, in float32.
+
+    To be given the x that the products had: a pair's query and key then contribute the same with opposite signs, and the
+    pair counts with the tokens between them. With unrounded ones, what rounding leaves would count with places up to C.
+    """
+    (even, odd), (d_even, d_odd) = parts(x.astype(F32)), parts(d_x)
+    return even * d_odd - odd * d_even
+
+
+def along(x):
+    return jnp.sum(x, axis=0, keepdims=True)
+
+
 def own(x, head, heads):
     """Features with those of the column's other heads set to zero."""
     return x if heads == 1 else both(*(only(p, head, heads) for p in parts(x)))
@@ -102,7 +114,7 @@ def load_tables(table_ref, w, C):
 
 
 def forward(plan: Plan, q, k, v, theta, initial, docs, *, save: bool):
-    """(out, the state after the last block, the states before the blocks if `save`).
+    """(out, the state after all tokens, the states before the blocks if `save`).
 
     As pallas_tpu_scalar.forward, but states are [...,128,256], value channels first; theta [W*128] float32.
     """
@@ -148,7 +160,9 @@ def forward(plan: Plan, q, k, v, theta, initial, docs, *, save: bool):
 
         @pl.when(t == pl.num_programs(2) - 1)
         def _():
-            final_ref[0] = state[...]
+            for w in range(columns):
+                cos, sin = load_tables(table_ref, w, C)[1]
+                final_ref[0, w] = turn(state[w], cos, -sin)
 
     one = (batch, width // LANES, LANES, 2 * LANES)
     inputs = [("tokens", q), ("tokens", k), ("tokens", v), ("table", tables(plan, theta))]
@@ -183,7 +197,9 @@ def backward(plan: Plan, q, k, v, theta, docs, saved, d_out, d_final, *, learn: 
 
         @pl.when(step == 0)
         def _():
-            d_state[...] = jnp.zeros_like(d_state) if d_final_ref is None else d_final_ref[0]
+            for w in range(columns):
+                after = jnp.zeros(d_state.shape[1:], F32) if d_final_ref is None else d_final_ref[0, w]
+                d_state[w] = turn(after, *load_tables(table_ref, w, C)[1])
             if learn:
                 d_theta_ref[...] = jnp.zeros_like(d_theta_ref)
 
@@ -226,15 +242,13 @@ def backward(plan: Plan, q, k, v, theta, docs, saved, d_out, d_final, *, learn: 
                 dk_ref[at] = folded(d_keys, *here).astype(dtype)
                 dv_ref[at] = (by_head(dvs, heads) + dot(keys_out, low, NT)).astype(dtype)
                 if learn:
-                    learned = folded(d_queries, -here[1], here[0]) * q + folded(d_keys, -here[1], here[0]) * k
-                    learned = learned * lax.broadcasted_iota(jnp.int32, learned.shape, 0).astype(F32)
-                    d_theta_ref[0, w, :1] += jnp.sum(learned, axis=0, keepdims=True)
                     # The turn: states before the chunk and keys of the chunk, as its first token sees them.
-                    (even, odd), (d_even, d_odd) = parts(states[w, c].astype(F32)), parts(after)
-                    carried = times(jnp.sum(d_even * odd - d_odd * even, axis=0, keepdims=True), weight.through)
-                    (even, odd), (d_even, d_odd) = parts(keys_out.astype(F32)), parts(d_keys_out)
-                    carried += jnp.sum(d_even * odd - d_odd * even, axis=0, keepdims=True)
-                    d_theta_ref[0, w, :1] += C * carried
+                    carried = times(along(turning(states[w, c], after)), weight.through)
+                    carried += along(turning(keys_out, d_keys_out))
+                    place = lax.broadcasted_iota(jnp.int32, (C, 1), 0).astype(F32)
+                    learned = along(place * (turning(queries, d_queries) + turning(keys, d_keys)))
+                    turned_by = jnp.where((step == 0) & (i == 0), 0.0, float(C))  # not after the last chunk
+                    d_theta_ref[0, w, :1] += learned - turned_by * carried
                 d_state[w] = times(after, through_documents(weight)) + own_states(
                     dot(d_out, scale(queries, weight.q_in), TN), heads
                 )

@@ -20,11 +20,24 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-F32 = jnp.float32
-LANES = 128
+from linscale.kernels.linear_attention.pallas_tpu_products import (
+    F32,
+    LANES,
+    NN,
+    NT,
+    TN,
+    by_head,
+    dot,
+    dots,
+    lane_heads,
+    only,
+    own_blocks,
+    parts_of,
+    times,
+)
+
 ORDER = ("parallel", "parallel", "arbitrary")  # of the grid: batch, groups of columns, blocks
 UNROLLED = 8  # chunks of a block, at most, whose onward walk is one piece for the scheduler
-NN, NT, TN = (1, 0), (1, 1), (0, 0)  # which dimension of each operand a matrix product sums over
 DOCUMENT_ROWS = 8  # rows of the array that tells documents apart: see pallas_tpu._documents
 
 
@@ -53,50 +66,6 @@ class Weights(NamedTuple):
     q_in: jax.Array | None  # [C,128] or [C,1]: what a query still reads of the state before the chunk
     k_out: jax.Array | None  # [C,128] or [C,1]: what is left of a key at the chunk's end
     through: jax.Array | None  # [1,128]: what is left of the state at the chunk's end
-
-
-def dot(a, b, sums):
-    """Matrix product in float32; float32 operands are multiplied at full precision."""
-    precision = lax.Precision.HIGHEST if a.dtype == F32 else None
-    dimensions = (((sums[0],), (sums[1],)), ((), ()))
-    return lax.dot_general(a, b, dimensions, precision=precision, preferred_element_type=F32)
-
-
-def times(a, b):
-    """Product of two of which either may be None, meaning one."""
-    return b if a is None else a if b is None else a * b
-
-
-def scale(x, weight):
-    """x in its own dtype, times a float32 weight."""
-    return x if weight is None else (x.astype(F32) * weight).astype(x.dtype)
-
-
-def lane_heads(shape, dimension, heads):
-    """Which head of a column a lane (or row of the state) belongs to."""
-    return lax.broadcasted_iota(jnp.int32, shape, dimension) // (LANES // heads)
-
-
-def only(x, head, heads):
-    """x [C,128] with the lanes of the column's other heads set to zero."""
-    if heads == 1:
-        return x
-    kept = (lane_heads((1, LANES), 1, heads) == head).astype(F32)
-    return (x.astype(F32) * kept).astype(x.dtype)
-
-
-def own_blocks(state, heads):
-    """[128,128]: keeps what a head's keys and the same head's values make."""
-    if heads == 1:
-        return state
-    return jnp.where(lane_heads(state.shape, 0, heads) == lane_heads(state.shape, 1, heads), state, 0.0)
-
-
-def by_head(parts, heads):
-    """One [C,128] from one per head, each right in that head's lanes only."""
-    if heads == 1:
-        return parts[0]
-    return jnp.where(lane_heads(parts[0].shape, 1, heads) == 0, *parts)
 
 
 def rates(rate_ref, column, heads):
@@ -166,15 +135,19 @@ def weights(plan, tables, rate_ref, docs_ref, t, c, column, first_column, turned
     return Weights(inside, q_in, k_out, through)
 
 
-def walk(q, k, v, state, w, heads):
-    """One chunk: (what queries read [C,128], of it what came from the state before, the state after)."""
+def added_to_state(x, weight, y, heads, exact):
+    """Keys and values of a chunk, or queries and what their outputs' gradient is; a learned rate needs it exact."""
+    return own_blocks(dots(parts_of(times(x, weight), x.dtype, exact), [y], TN), heads)
+
+
+def walk(q, k, v, state, w, heads, exact):
+    """One chunk: (what queries read [C,128], the state after)."""
     before = times(dot(q, state.astype(q.dtype), NN), w.q_in)
     parts = []
     for g in range(heads):
         scores = dot(only(q, g, heads), k, NT) * w.inside[g]
         parts.append(dot(scores.astype(v.dtype), v, NN))
-    added = own_blocks(dot(scale(k, w.k_out), v, TN), heads)
-    return before + by_head(parts, heads), before, times(state, w.through) + added
+    return before + by_head(parts, heads), times(state, w.through) + added_to_state(k, w.k_out, v, heads, exact)
 
 
 def _specs(plan, columns, blocks, state, reverse=False):
@@ -219,7 +192,7 @@ def _shape(shape, dtype, like):
     return jax.ShapeDtypeStruct(shape, dtype)
 
 
-def forward(plan: Plan, q, k, v, rate, initial, docs, *, save: bool):
+def forward(plan: Plan, q, k, v, rate, initial, docs, *, save: bool, exact: bool = False):
     """(out [B,T,W*128], the last state [B,W,128,128], the state before each block [B,W,N,128,128] if `save`).
 
     q, k, v [B,T,W*128], T in whole blocks; rate [heads] float32 or None; initial [B,W,128,128] float32 or None;
@@ -257,7 +230,7 @@ def forward(plan: Plan, q, k, v, rate, initial, docs, *, save: bool):
                 cols = pl.ds(w * LANES, LANES)
                 weight = weights(plan, tables, rate_ref, docs_ref, t, c, w, first)
                 x = (ref[0, rows, cols] for ref in (q_ref, k_ref, v_ref))
-                out, _, state[w] = walk(*x, state[w], weight, plan.heads)
+                out, state[w] = walk(*x, state[w], weight, plan.heads, exact)
                 out_ref[0, rows, cols] = out.astype(dtype)
             return 0
 
@@ -323,8 +296,8 @@ def backward(plan: Plan, q, k, v, rate, docs, saved, d_out, d_final, *, learn: b
             for w in range(columns):
                 k, v = (ref[0, place(c), pl.ds(w * LANES, LANES)] for ref in (k_ref, v_ref))
                 weight = weights(plan, tables, rate_ref, docs_ref, t, c, w, first)
-                states[w, c] = state[w].astype(dtype)
-                state[w] = times(state[w], weight.through) + own_blocks(dot(scale(k, weight.k_out), v, TN), heads)
+                states[w, c] = state[w].astype(states.dtype)
+                state[w] = times(state[w], weight.through) + added_to_state(k, weight.k_out, v, heads, learn)
             return 0
 
         def learned(w, per_lane):
@@ -349,7 +322,7 @@ def backward(plan: Plan, q, k, v, rate, docs, saved, d_out, d_final, *, learn: b
                 turned = weights(plan, tables, rate_ref, docs_ref, t, c, w, first, turned=True)
                 q, k, v, d_out = (ref[0, rows, cols] for ref in (q_ref, k_ref, v_ref, d_out_ref))
                 after = d_state[w]
-                low = after.astype(dtype)
+                lows, before = parts_of(after, dtype, learn), parts_of(states[w, c], dtype, learn)
                 dqs, dks, dvs = [], [], []
                 for g in range(heads):
                     d_scores = dot(only(d_out, g, heads), v, NT) * weight.inside[g]  # [queries, keys]
@@ -360,19 +333,19 @@ def backward(plan: Plan, q, k, v, rate, docs, saved, d_out, d_final, *, learn: b
                     dvs.append(dot(scores.astype(dtype), d_out, NN))
                     dqs.append(dot(d_low, k, NN))
                     dks.append(dot(d_low, q, TN))
-                dq_in = times(dot(d_out, states[w, c], NT), weight.q_in)
-                dk_out = times(dot(v, low, NT), weight.k_out)
-                dv_out = times(dot(k, low, NN), weight.k_out)
+                dq_in = times(dots([d_out], before, NT), weight.q_in)
+                dk_out = times(dots([v], lows, NT), weight.k_out)
+                dv_out = times(dot(k, lows[0], NN), weight.k_out)
                 dq_ref[0, rows, cols] = (by_head(dqs, heads) + dq_in).astype(dtype)
                 dk_ref[0, rows, cols] = (by_head(dks, heads) + dk_out).astype(dtype)
                 dv_ref[0, rows, cols] = (by_head(dvs, heads) + dv_out).astype(dtype)
-                d_state[w] = times(after, weight.through) + own_blocks(dot(scale(q, weight.q_in), d_out, TN), heads)
+                d_state[w] = times(after, weight.through) + added_to_state(q, weight.q_in, d_out, heads, learn)
                 if learn:
                     length = jnp.clip(plan.tokens - t * plan.block - c * C, 0, C).astype(F32)
                     each = lax.broadcasted_iota(jnp.int32, (C, LANES), 0).astype(F32)
                     learned(w, (each + 1.0) * dq_in * q.astype(F32))
                     learned(w, (length - 1.0 - each) * dk_out * k.astype(F32))
-                    learned(w, length * weight.through * states[w, c].astype(F32) * after)
+                    learned(w, length * weight.through * states[w, c] * after)
             return 0
 
         lax.fori_loop(0, plan.chunks, onward, 0, unroll=plan.chunks <= UNROLLED)
@@ -390,7 +363,7 @@ def backward(plan: Plan, q, k, v, rate, docs, saved, d_out, d_final, *, learn: b
     outputs = [("tokens", q.shape, dtype)] * 3 + [("state", one, F32)]
     outputs += [("rows", (*one[:2], DOCUMENT_ROWS, LANES), F32)] * learn
     small = pltpu.VMEM((columns, LANES, LANES), F32)
-    scratch = [small, small, pltpu.VMEM((columns, plan.chunks, LANES, LANES), dtype)]
+    scratch = [small, small, pltpu.VMEM((columns, plan.chunks, LANES, LANES), F32 if learn else dtype)]
     scratch += table_shapes(plan, columns, True)
     dq, dk, dv, d_initial, *d_rate = call(
         plan, columns, body, inputs, outputs, scratch, q, reverse=True, name="linear_attention_backward"

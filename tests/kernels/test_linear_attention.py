@@ -106,6 +106,17 @@ def compare(implementation, arrays, ids, tolerance, dtype=np.float32, seed=0, fi
     return errors
 
 
+def errors_of_own_pairs(out, arrays):
+    """out against (q_t . k_t) v_t: the error of each element, relative to what it sums in absolute values.
+
+    So for any number of channels; relative to an element itself, where products cancel, no float32 sum stays small.
+    """
+    products = arrays["q"] * arrays["k"]
+    want = np.sum(products, -1, keepdims=True) * arrays["v"]
+    size = np.sum(np.abs(products), -1, keepdims=True) * np.abs(arrays["v"])
+    return np.abs(out - want) / size
+
+
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 class TestAgainstFloat64Scan:
     @pytest.mark.parametrize("kind", KINDS)
@@ -131,20 +142,18 @@ class TestAgainstFloat64Scan:
 
     @pytest.mark.parametrize("kind", ("none", "scalar", "phase", "vector/1"))
     def test_closed_gates_and_many_documents(self, implementation, kind):
-        """Every token its own document: out_t = (q_t . k_t) v_t and the gradient of the initial state is zero."""
+        """Every token its own document: it reads itself alone, and the first one the initial state too."""
         arrays, _ = draw(10, 70, kind, state=True)
         ids = np.broadcast_to(np.arange(70), (BATCH, 70))
         got = run(implementation, {n: a.astype(np.float32) for n, a in arrays.items()}, ids, 0)
-        want = np.sum(arrays["q"] * arrays["k"], -1, keepdims=True) * arrays["v"]
-        np.testing.assert_allclose(got["out"][:, 1:], want[:, 1:], atol=1e-5)
+        assert errors_of_own_pairs(got["out"], arrays)[:, 1:].max() < 1e-6
 
     @pytest.mark.parametrize("kind", ("scalar", "vector/1"))
     def test_minus_infinity_forgets(self, implementation, kind):
         arrays, _ = draw(11, 40, kind)
         arrays["log_decay"] = np.full_like(arrays["log_decay"], -np.inf)
         got = run(implementation, {n: a.astype(np.float32) for n, a in arrays.items()}, None, 0)
-        want = np.sum(arrays["q"] * arrays["k"], -1, keepdims=True) * arrays["v"]
-        np.testing.assert_allclose(got["out"], want, atol=1e-5)
+        assert errors_of_own_pairs(got["out"], arrays).max() < 1e-6
         assert all(np.isfinite(x).all() for x in got.values())
 
 

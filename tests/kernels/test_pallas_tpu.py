@@ -41,12 +41,12 @@ def test_float32_with_state_and_documents(interpreted, kind):
     shared.compare("pallas_tpu", arrays, ids, 1e-5)
 
 
-@pytest.mark.parametrize("kind", ("scalar", "vector/0.1"))
+@pytest.mark.parametrize("kind", ("scalar", "vector/0.1", "phase"))
 def test_bfloat16_of_128_channels(interpreted, monkeypatch, kind):
     monkeypatch.setattr(shared, "KEY", 128)
     monkeypatch.setattr(shared, "VALUE", 128)
-    arrays, _ = shared.draw(2, 130, kind, state=False, tied_key=kind != "scalar")
-    shared.compare("pallas_tpu", arrays, None, 5e-3, dtype=jnp.bfloat16)
+    arrays, ids = shared.draw(2, 130, kind, state=False, segments=True, tied_key=kind == "vector/0.1")
+    shared.compare("pallas_tpu", arrays, ids, 5e-3, dtype=jnp.bfloat16)
 
 
 @pytest.mark.slow
@@ -59,6 +59,8 @@ class TestAgainstFloat64Scan:
     def _channels(self, channels, interpreted, monkeypatch):
         monkeypatch.setattr(shared, "KEY", channels[0])
         monkeypatch.setattr(shared, "VALUE", channels[1])
+        yield
+        jax.clear_caches()  # a program takes hundreds of memory maps, a process has 65,530: past them compiles crash
 
     @pytest.mark.parametrize("kind", EVERY)
     @pytest.mark.parametrize("tokens", (1, 63, 127, 128, 129, 1000))
