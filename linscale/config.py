@@ -39,7 +39,7 @@ class Model:
     tied: bool = True  # one matrix for input embedding and output head, as the paper; False: two
     dtype: str = "auto"  # auto | float32 | bfloat16: compute; auto is float32 on CPU, bfloat16 elsewhere
     remat: str = "auto"  # auto | none | full | dots: what the backward pass recomputes; auto is dots on GPUs, else none
-    unroll: int = 0  # layers per step of the loop over layers; 0: all of linear models on GPUs, else 1
+    unroll: int = 0  # layers per step of the loop over layers; 0: on GPUs all of them, in training; else 1
     attention: str = "auto"  # auto | scan | chunked | pallas_tpu | pallas_gpu: linear attention implementation
     init_std: float = 0.02  # normal initialisation of matrices and embedding
     tnl_decay: str = "alibi"  # alibi (released code) | exponential (TNL paper, eq. 10)

@@ -4,8 +4,8 @@ JAX's public function takes documents only as a mask: [B,1,T,T], 8.6 GB in bfloa
 head. cuDNN itself takes the offsets and lengths of the documents in each row ("packed layout"); JAX holds that path in
 its cudnn module, which this file is the only one to import. The number of documents a row may hold is part of the
 compiled program: its kernels pay for each, full or empty, and so does its memory, as if every document were as long as
-the row. A caller asks `documents_fit`, once for all layers: a choice in every layer keeps XLA from
-compiling layers side by side, and copies what it returns.
+the row. A caller asks `documents_fit`, once for all layers: a choice in every layer would compile both its branches for
+each, and copy what it returns.
 
 Letters: B batch, T tokens, H heads, K channels, M documents a row may hold.
 """
@@ -46,7 +46,7 @@ def documents_fit(segment_ids, heads: int, channels: int, dtype, axes: Axes | No
 
 
 def packed_attention(q, k, v, segment_ids):
-    """q, k, v [B,T,H,K] bfloat16, segment_ids [B,T] in runs of equal ids, as many a row as `documents_fit` allows: [B,T,H,K]."""
+    """[B,T,H,K] like q, k and v, bfloat16; segment_ids [B,T] in runs of equal ids, as many a row as `documents_fit` allows."""
     from jax._src.cudnn import fused_attention_stablehlo as cudnn
 
     starts_BM, lengths_BM = document_table(segment_ids, documents_served(q.shape))
@@ -59,7 +59,7 @@ def packed_attention(q, k, v, segment_ids):
 def documents_served(shape: tuple[int, int, int, int]) -> int:
     """How many documents each row of q, [B,T,H,K], may hold."""
     tokens = shape[1]
-    return min(max(MOST, tokens // 512), tokens, max(1, WORKSPACE // (4 * math.prod(shape))))
+    return min(max(MOST, tokens // 512), tokens, max(1, WORKSPACE // max(1, 4 * math.prod(shape))))
 
 
 def document_table(segment_ids, documents: int):
