@@ -96,9 +96,9 @@ def relative_errors(got, want):
     return {name: error(got[name], want[name]) for name in want}
 
 
-def compare(implementation, arrays, ids, tolerance, dtype=np.float32, seed=0, final=True):
-    states = ("log_decay", "phase", "initial_state")  # stay float32 when q, k, v are bfloat16
-    low = {n: jnp.asarray(a, jnp.float32 if n in states else dtype) for n, a in arrays.items()}
+def compare(implementation, arrays, ids, tolerance, dtype=np.float32, seed=0, final=True, gates=np.float32):
+    kept = {"phase": np.float32, "initial_state": np.float32, "log_decay": gates}  # when q, k, v are bfloat16
+    low = {n: jnp.asarray(a, kept.get(n, dtype)) for n, a in arrays.items()}
     with jax.enable_x64(True):
         want = run("scan", {n: np.asarray(a, np.float64) for n, a in low.items()}, ids, seed, final=final)
     errors = relative_errors(run(implementation, low, ids, seed, final=final), want)
@@ -139,6 +139,12 @@ class TestAgainstFloat64Scan:
     def test_bfloat16(self, implementation, kind):
         arrays, ids = draw(9, 200, kind, segments=True)
         compare(implementation, arrays, ids, 5e-3, dtype=jnp.bfloat16)
+
+    @pytest.mark.parametrize("tied_key", (False, True))
+    def test_bfloat16_gates(self, implementation, tied_key):
+        """As HGRN2 gives them on accelerators."""
+        arrays, ids = draw(9, 200, "vector/1", segments=True, tied_key=tied_key)
+        compare(implementation, arrays, ids, 5e-3, dtype=jnp.bfloat16, gates=jnp.bfloat16)
 
     @pytest.mark.parametrize("kind", ("none", "scalar", "phase", "vector/1"))
     def test_closed_gates_and_many_documents(self, implementation, kind):

@@ -168,7 +168,8 @@ class TestOnTheDevice:
     @pytest.mark.parametrize("segments", (False, True))
     def test_tied_key(self, kind, segments):
         arrays, ids = shared.draw(8, 200, kind, segments=segments, tied_key=True)
-        shared.compare("pallas_gpu", arrays, ids, 5e-3, dtype=jnp.bfloat16)
+        for gates in (jnp.float32, jnp.bfloat16):
+            shared.compare("pallas_gpu", arrays, ids, 5e-3, dtype=jnp.bfloat16, gates=gates)
 
     @pytest.mark.parametrize("kind", ("scalar", "phase", "vector/1"))
     def test_sixty_four_channels(self, kind, monkeypatch):

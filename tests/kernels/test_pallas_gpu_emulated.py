@@ -25,11 +25,12 @@ def outputs_and_gradients(run, arrays, weights):
     return {n: np.asarray(a, np.float64) for n, a in got.items()}
 
 
-def compare(arrays, ids, spans, monkeypatch, final=True):
+def compare(arrays, ids, spans, monkeypatch, final=True, gates=jnp.float32):
     from emulator import emulated
 
     monkeypatch.setattr(pallas_gpu, "choose_spans", lambda *_, **__: spans)
-    low = {n: jnp.asarray(a, jnp.bfloat16 if n in "qkv" else jnp.float32) for n, a in arrays.items()}
+    kept = {"phase": jnp.float32, "initial_state": jnp.float32, "log_decay": gates}
+    low = {n: jnp.asarray(a, kept.get(n, jnp.bfloat16)) for n, a in arrays.items()}
     rng = np.random.default_rng(1)
     rows = (2 if "phase" in arrays else 1) * shared.KEY
     shapes = (arrays["v"].shape, (*np.array(arrays["v"].shape)[[0, 2]], rows, shared.VALUE))

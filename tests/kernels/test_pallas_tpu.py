@@ -84,6 +84,10 @@ class TestAgainstFloat64Scan:
         arrays, ids = shared.draw(8, 200, kind, segments=True, tied_key=True)
         shared.compare("pallas_tpu", arrays, ids, 1e-5 if dtype == jnp.float32 else 5e-3, dtype=dtype)
 
+    def test_bfloat16_gates(self):
+        arrays, ids = shared.draw(9, 200, "vector/1", segments=True, tied_key=True)
+        shared.compare("pallas_tpu", arrays, ids, 5e-3, dtype=jnp.bfloat16, gates=jnp.bfloat16)
+
     @pytest.mark.parametrize("kind", ("none", "scalar", "phase", "vector/1"))
     def test_every_token_its_own_document(self, kind):
         shared.TestAgainstFloat64Scan().test_closed_gates_and_many_documents("pallas_tpu", kind)
