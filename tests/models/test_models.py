@@ -169,33 +169,36 @@ def test_an_untied_head_counts_learns_and_decides_the_logits():
 
 
 @pytest.mark.parametrize("arch", ("llama", "hybrid"))
-@pytest.mark.parametrize("documents", (2, 40))
-def test_softmax_layers_are_chosen_by_documents_once_a_program(arch, documents, monkeypatch):
+def test_softmax_layers_are_chosen_by_documents_once_a_program(arch, monkeypatch):
     """As on a Hopper GPU, with a mask in the place of cuDNN: one branch around all layers and their gradients."""
-    model, used = small(arch), []
-    params, batch = parameters(model), batch_of(model, 2, 64)
-    batch["segment_ids"] = np.broadcast_to(np.arange(64) * documents // 64, (2, 64)).astype(np.int32)
-    want = jax.value_and_grad(lambda p: models.loss(model, p, batch)[0])(params)
+    model, used = small(arch, layers=2, softmax_every=2), []
+    params, batch = parameters(model), batch_of(model, 2, 32)
+
+    def values(params, ids, softmax=None):
+        return jax.value_and_grad(lambda p: models.loss(model, p, batch | {"segment_ids": ids}, softmax)[0])(params)
+
+    def run(params, ids):
+        return models.by_documents(model, ids, functools.partial(values, params, ids))
 
     def masked(q, k, v, segment_ids):
         mask = (segment_ids[:, :, None] == segment_ids[:, None, :])[:, None]
         jax.debug.callback(lambda: used.append("packed"))
         return jax.nn.dot_product_attention(q, k, v, mask=mask, is_causal=True)
 
+    ids_of = lambda documents: np.broadcast_to(np.arange(32) * documents // 32, (2, 32)).astype(np.int32)  # noqa: E731
+    plain = jax.jit(values).lower(params, ids_of(2)).compile()
     for module in (cudnn_packed, softmax_api):
         monkeypatch.setattr(module, "serves_packed", lambda *_: True)
     monkeypatch.setattr(softmax_api, "packed_attention", masked)
-
-    def run(params, ids):
-        values = lambda softmax: jax.value_and_grad(lambda p: models.loss(model, p, batch, softmax)[0])(params)  # noqa: E731
-        return models.by_documents(model, ids, values)
-
-    program = jax.jit(run).lower(params, batch["segment_ids"])
-    assert program.as_text().count("stablehlo.case") == 1
-    got = program.compile()(params, batch["segment_ids"])
-    jax.effects_barrier()
-    assert bool(used) == (documents == 2)
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5), got, want)
+    lowered = jax.jit(run).lower(params, ids_of(2))
+    assert lowered.as_text().count("stablehlo.case") == 1
+    chosen = lowered.compile()
+    for documents in (2, 20):
+        used.clear()
+        got, want = chosen(params, ids_of(documents)), plain(params, ids_of(documents))
+        jax.effects_barrier()
+        assert bool(used) == (documents == 2)
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5), got, want)
 
 
 def test_hybrid_places_softmax_in_every_eighth_layer():
