@@ -42,20 +42,15 @@ from linscale.kernels.linear_attention.pallas_tpu_products import (
     TN,
     by_head,
     dot,
+    dots,
     only,
     own_blocks,
+    parts_of,
 )
 from linscale.kernels.linear_attention.pallas_tpu_scalar import UNROLLED, Plan, call
 
 FORGET = -16384.0  # log of a gate of zero; a power of two, exact in bfloat16
 STARTS = 4  # row of the documents' array: 1 where a document begins
-
-
-def summed(table, x, exact):
-    """table [C,C] times x [C,.] float32, by parts of x in the table's dtype: one if that is exact, else two."""
-    high = x.astype(table.dtype)
-    total = dot(table, high, NN)
-    return total if exact else total + dot(table, (x - high.astype(F32)).astype(table.dtype), NN)
 
 
 def weighted(q, k, weight, h, dtype):
@@ -284,7 +279,7 @@ def backward(plan: Plan, q, k, v, log_decay, docs, saved, d_out, d_final):
         def onward(c, _):
             for w in range(columns):
                 at, _, (g, _, _, keys) = load(c, w)
-                after = summed(later[...], g, exact)
+                after = dots([later[...]], parts_of(g, later.dtype, not exact), NN)
                 states[w, c] = state[w].astype(dtype)
                 added = dot(v_ref[at], times(keys, jnp.exp(after), dtype), TN)
                 state[w] = state[w] * jnp.exp(after[:1] + g[:1]) + own_blocks(added, heads)
