@@ -41,7 +41,7 @@ class Mixer(nnx.Module):
         q, v = (split_heads(w(x_BTD), model.heads) for w in (self.query, self.value))
         q = activation(model.hgrn2_query_activation)(q)
         gates = log_forget(self.forget(x_BTD).astype(jnp.float32), self.lower_bound[...])
-        gates = split_heads(gates.astype(q.dtype), model.heads)  # of a rounded log the gate is off by its share alone
+        gates = split_heads(gates.astype(q.dtype), model.heads)  # a rounded log near 0 hardly moves its gate
         out, caches = attend(model, q, None, v, cache=cache, segment_ids=segment_ids, log_decay=gates)
         return self.out(simple_rms_norm(merge_heads(out), model.hgrn2_norm_epsilon)), caches
 
