@@ -30,7 +30,6 @@ from linscale.kernels.linear_attention.pallas_gpu_scalar import (
     Walk,
     Zero,
     call,
-    iota,
     load,
     ring,
     tiles,
@@ -48,19 +47,18 @@ def across(vector, shape, dimension):
 
 def _causal(scores, reverse, doc_s):
     """scores [C,C] bfloat16, 0 where the row's token does not see the column's."""
-    scores = rows.causal(scores, reverse)
-    if doc_s is not None:
-        edge, j = across(doc_s.at[EDGE], (C, C), 0), iota((C, C), 1)
-        scores = scores * jnp.where((edge - j if reverse else j - edge) >= 0.0, 1.0, 0.0)
-    return scores.astype(BF)
+    if doc_s is None:
+        return rows.causal(scores, reverse).astype(BF)
+    return rows.within(scores, load(doc_s.at[EDGE], ROWS.reduce(1)).astype(F32), reverse).astype(BF)
 
 
 def _sweep(q, k, v, table, turn, initial, docs, spans, reverse, stages, make, sines=False):
     """What both kernels share: arguments, the ring of q, k, v, the state in two parts X, Y and its turning.
 
-    make(refs, barriers, warpgroup, (X, Y), reverse, release) -> out, X, Y of one chunk, X and Y not turned yet; it calls
-    `release` once it has work running, to give back the place of the output before. With `sines` it returns (out, the
-    same with sines) for out.
+    make(refs, barriers, warpgroup, (X, Y), reverse, release, cut) -> out, X, Y of one chunk, X and Y not turned yet; it
+    calls `release` once it has work running, to give back the place of the output before, and `cut` after the scores, for
+    what the chunk reads of the state, what it adds, and what is left of it. With `sines` it returns (out, the same with
+    sines) for out.
     """
     B, T, H, _ = q.shape
     keys_turn = make is _keys_chunk
@@ -78,9 +76,9 @@ def _sweep(q, k, v, table, turn, initial, docs, spans, reverse, stages, make, si
         docs_g = refs.pop(0) if documents else None
         o_g, final_g = refs.pop(0), refs.pop(0)
         sine_g = refs.pop(0) if sines else None
-        q_s, k_s, v_s, x_s, y_s, cos_s, sin_s, *more_s, turn_s, full, empty, tables, ready, free, docs_s = (
+        q_s, k_s, v_s, x_s, y_s, cos_s, sin_s, *more_s, turn_s, full, empty, tables, ready, free, both, docs_s = (
             *refs,
-            *([None] if not documents else []),
+            *([None, None] if not documents else []),
         )
         b, span, h, wg = (lax.axis_index(a) for a in ("b", "n", "h", "wg"))
         mine = pl.ds(wg * half, half)
@@ -105,6 +103,7 @@ def _sweep(q, k, v, table, turn, initial, docs, spans, reverse, stages, make, si
                 *state, zero = state
                 plgpu.barrier_wait(full.at[slot])
                 doc_s = docs_s.at[slot] if documents else None
+                survives = docs_g[b, start // C, SURVIVES, 0].astype(F32) if documents else None
 
                 def release():  # the output before has left its place in the ring
                     plgpu.wait_smem_to_gmem(0, wait_read_only=True)
@@ -113,10 +112,16 @@ def _sweep(q, k, v, table, turn, initial, docs, spans, reverse, stages, make, si
                     def _():
                         plgpu.barrier_arrive(empty.at[lax.rem(t + stages - 1, jnp.int32(stages))])
 
+                def cut(state, *rows_of):
+                    if not documents:
+                        return state
+                    _cut(doc_s, survives, wg + zero, both, rows_of)
+                    return [x * survives for x in state]
+
                 ring_s = q_s.at[slot], k_s.at[slot], v_s.at[slot]
                 own_s = (s.at[zero] for s in more_s)
                 refs = (*ring_s, x_s, y_s, cos_s, sin_s, doc_s, *own_s)
-                out, X, Y = make(refs, (ready, free), wg + zero, state, reverse, release)
+                out, X, Y = make(refs, (ready, free), wg + zero, state, reverse, release, cut)
                 if sines:  # its place is read no more in this chunk
                     out, sine = out
                     sine_s = more_s[0].at[zero, wg]
@@ -172,7 +177,7 @@ def _sweep(q, k, v, table, turn, initial, docs, spans, reverse, stages, make, si
         plgpu.Barrier(num_arrivals=2),
     ]
     if documents:
-        scratch.append(plgpu.SMEM((stages, 4, C), BF))
+        scratch += [plgpu.Barrier(num_arrivals=2), plgpu.SMEM((stages, 4, C), BF)]
     out_type = [jax.ShapeDtypeStruct(v.shape, BF), jax.ShapeDtypeStruct((B, spans, H, 2, height, v.shape[-1]), F32)]
     if sines:
         out_type.append(jax.ShapeDtypeStruct(v.shape, BF))
@@ -180,6 +185,26 @@ def _sweep(q, k, v, table, turn, initial, docs, spans, reverse, stages, make, si
     inputs = [x for x in (q, k, v, table, turn, initial, docs) if x is not None]
     name = "linear_attention_turned_" + ("keys" if keys_turn else "values")
     return call(body, name, out_type, scratch, (B, spans, H))(*inputs)
+
+
+def _cut(doc_s, survives, wg, both, rows_of):
+    """Where a document begins in the chunk: each (matrix in shared memory, row of docs) times that row, token by token.
+
+    Both warpgroups read the matrices whole until then, and each weighs half of the columns. Most chunks have no such
+    place and go on at once.
+    """
+
+    @pl.when(survives < 0.5)
+    def _():
+        plgpu.barrier_arrive(both)
+        plgpu.barrier_wait(both)
+        for matrix, row in rows_of:
+            half = matrix.shape[1] // 2
+            mine = matrix.at[:, pl.ds(wg * half, half)]
+            mine[...] = load(mine) * across(doc_s.at[row], (C, half), 0).astype(BF)
+        plgpu.commit_smem()
+        plgpu.barrier_arrive(both)
+        plgpu.barrier_wait(both)
 
 
 def rows_read(docs, reverse):
@@ -214,11 +239,10 @@ def turned_values(a, b, w, table, turn, initial, docs, *, spans=1, reverse=False
     return _sweep(a, b, w, table, turn, initial, docs, spans, reverse, stages, make, sines)
 
 
-def _keys_chunk(refs, barriers, wg, state, reverse, release):
+def _keys_chunk(refs, barriers, wg, state, reverse, release, cut):
     """The two warpgroups form the factors of half of the channels each, and own half of the values' channels."""
     q_s, k_s, v_s, x_s, y_s, cos_s, sin_s, doc_s, q_sin_s, k_sin_s = refs
     ready, free = barriers
-    X, Y = state
     half, K = v_s.shape[-1], q_s.shape[-1]
     channels = pl.ds(wg * (K // 2), K // 2)
     plgpu.barrier_wait(free)  # the other has read what is now written over
@@ -231,39 +255,33 @@ def _keys_chunk(refs, barriers, wg, state, reverse, release):
     plgpu.barrier_arrive(ready)
     plgpu.barrier_wait(ready)
 
-    def scores(acc, oacc):
+    def scores(acc):
         plgpu.wgmma(acc, q_s, k_s.transpose((1, 0)))
         plgpu.wgmma(acc, q_sin_s, k_sin_s.transpose((1, 0)))
-        plgpu.wgmma(oacc, q_s, x_s.at[wg])
-        plgpu.wgmma(oacc, q_sin_s, y_s.at[wg])
         release()
-        p = _causal(plgpu.wgmma_accumulator_load(acc, wait_n=2), reverse, doc_s)
-        return p, oacc[...]
+        return _causal(acc[...], reverse, doc_s)
 
-    p, o = pl.run_scoped(scores, plgpu.ACC((C, C), F32), plgpu.ACC((C, half), F32))
-    X, Y, o, weigh = _documents(doc_s, reverse, X, Y, o)
-    mine = v_s.at[wg]
-    if weigh is not None:  # the scores take the values as they are, the state weighted
-        o = pl.run_state(lambda acc: plgpu.wgmma(acc, p, mine))(plgpu.ACC.init(o))
-        mine[...] = (load(mine).astype(F32) * weigh).astype(BF)
-        plgpu.commit_smem()
+    p = pl.run_scoped(scores, plgpu.ACC((C, C), F32))
+    reads, writes = (REACHES, READS) if reverse else (READS, REACHES)
+    X, Y = cut(state, (q_s, reads), (q_sin_s, reads), (k_s, writes), (k_sin_s, writes))
 
     def update(refs):
         oacc, xacc, yacc = refs
-        if weigh is None:
-            plgpu.wgmma(oacc, p, mine)
-        plgpu.wgmma(xacc, k_s.transpose((1, 0)), mine)
-        plgpu.wgmma(yacc, k_sin_s.transpose((1, 0)), mine)
+        plgpu.wgmma(oacc, q_s, x_s.at[wg])
+        plgpu.wgmma(oacc, q_sin_s, y_s.at[wg])
+        plgpu.wgmma(oacc, p, v_s.at[wg])
+        plgpu.wgmma(xacc, k_s.transpose((1, 0)), v_s.at[wg])
+        plgpu.wgmma(yacc, k_sin_s.transpose((1, 0)), v_s.at[wg])
 
+    o = plgpu.layout_cast(jnp.zeros((C, half), F32), ROWS)
     o, X, Y = pl.run_state(update)((plgpu.ACC.init(o), plgpu.ACC.init(X), plgpu.ACC.init(Y)))
     plgpu.barrier_arrive(free)
     return o, X, Y
 
 
-def _values_chunk(refs, barriers, wg, state, reverse, release, sines=False):
-    """Each warpgroup owns half of the channels that have a phase; the two never wait for each other."""
+def _values_chunk(refs, barriers, wg, state, reverse, release, cut, sines=False):
+    """Each warpgroup owns half of the channels that have a phase; the two wait for each other in `cut` alone."""
     a_s, b_s, w_s, x_s, y_s, cos_s, sin_s, doc_s, sin_w_s = refs
-    X, Y = state
     half = w_s.shape[-1]
     channels = pl.ds(wg * half, half)
     w_cos, w_sin = w_s.at[wg], sin_w_s.at[wg]
@@ -281,43 +299,24 @@ def _values_chunk(refs, barriers, wg, state, reverse, release, sines=False):
 
     p = pl.run_scoped(scores, plgpu.ACC((C, C), F32))
     plgpu.commit_smem()
-    X, Y, _, weigh = _documents(doc_s, reverse, X, Y, None)
+    reads, writes = (REACHES, READS) if reverse else (READS, REACHES)
+    X, Y = cut(state, (a_s, reads), (b_s, writes))
     # One part after the other, the first rounded: registers hold no more.
-    of_cos, X = _values_part(a_s, b_s, w_cos, x_s.at[wg], p, X, doc_s, weigh, reverse)
+    of_cos, X = _values_part(a_s, b_s, w_cos, x_s.at[wg], p, X)
     of_cos = of_cos.astype(BF)
-    of_sin, Y = _values_part(a_s, b_s, w_sin, y_s.at[wg], p, Y, doc_s, weigh, reverse)
+    of_sin, Y = _values_part(a_s, b_s, w_sin, y_s.at[wg], p, Y)
     of_cos, cos, sin = (x.astype(F32) for x in (of_cos, load(cos_s.at[:, channels]), load(sin_s.at[:, channels])))
     out = of_cos * cos + of_sin * sin
     return ((out, of_cos * sin - of_sin * cos) if sines else out), X, Y
 
 
-def _values_part(a_s, b_s, w_s, before_s, p, X, doc_s, weigh, reverse):
+def _values_part(a_s, b_s, w_s, before_s, p, X):
     """What a chunk reads of cosines or of sines [C,half], not turned back yet, and that part of the state after it."""
-    zero = plgpu.layout_cast(jnp.zeros(w_s.shape, F32), ROWS)
-    init = plgpu.ACC.init
 
     def update(refs):
         plgpu.wgmma(refs[0], a_s, before_s)
         plgpu.wgmma(refs[0], p, w_s)
         plgpu.wgmma(refs[1], b_s.transpose((1, 0)), w_s)
 
-    if weigh is None:
-        return pl.run_state(update)((init(zero), init(X)))
-    out = pl.run_state(lambda acc: plgpu.wgmma(acc, a_s, before_s))(init(zero))
-    out = out * across(doc_s.at[REACHES if reverse else READS], w_s.shape, 0)
-    out = pl.run_state(lambda acc: plgpu.wgmma(acc, p, w_s))(init(out))
-    w_s[...] = (load(w_s).astype(F32) * weigh).astype(BF)
-    plgpu.commit_smem()
-    return out, pl.run_state(lambda acc: plgpu.wgmma(acc, b_s.transpose((1, 0)), w_s))(init(X))
-
-
-def _documents(doc_s, reverse, X, Y, o):
-    """State and what was read of it, cut at documents; and what of each token reaches the state [C,half]."""
-    if doc_s is None:
-        return X, Y, o, None
-    half = X.shape[-1]
-    survives = across(doc_s.at[SURVIVES, pl.ds(0, half)], X.shape, 1)
-    reads, writes = (REACHES, READS) if reverse else (READS, REACHES)
-    if o is not None:
-        o = o * across(doc_s.at[reads], o.shape, 0)
-    return X * survives, Y * survives, o, across(doc_s.at[writes], (C, half), 0)
+    zero = plgpu.layout_cast(jnp.zeros(w_s.shape, F32), ROWS)
+    return pl.run_state(update)((plgpu.ACC.init(zero), plgpu.ACC.init(X)))

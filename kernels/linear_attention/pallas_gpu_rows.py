@@ -324,6 +324,40 @@ def causal(x, reverse=False):
     return keep(x)
 
 
+def within(x, edge, reverse=False):
+    """x [64,64] where the column is from the row's edge to the row (`reverse`: from the row to its edge), else 0.
+
+    edge [64] float32, whole numbers. Columns are compared as numbers known when compiling: an array of them would be
+    kept in registers for the whole loop over chunks.
+    """
+
+    @plgpu.inline_mgpu(arg_types=(ROWS, ROWS.reduce(1)), return_type=_type((64, 64)))
+    def keep(_, x, edge):
+        p = _Predicates()
+        zero = utils.c(0.0, ir.F32Type.get())
+        first, length = [], []  # of the two rows of a lane; columns counted from the lane's own
+        for half, at in enumerate(edge.registers.flatten()):
+            if isinstance(at.type, ir.VectorType):
+                at = vector.extract(at, [], [0])
+            at = arith.fptosi(p.i32, at)
+            row = arith.addi(arith.addi(arith.muli(p.warp, p.number(16)), p.row), p.number(8 * half))
+            low, high = (row, at) if reverse else (at, row)
+            first.append(arith.subi(p.column, low))
+            length.append(arith.subi(high, low))
+        results = []
+        for octet, halves in enumerate(x.registers.reshape(-1, 2)):
+            for half, r in enumerate(halves):
+                parts = []
+                for e in range(2):
+                    after = arith.addi(first[half], p.number(8 * octet + e))  # before the first a huge unsigned number
+                    inside = p.compare("ule", after, length[half])
+                    parts.append(arith.select(inside, vector.extract(r, [], [e]), zero))
+                results.append(vector.from_elements(r.type, parts))
+        return _like(results, (64, 64), ROWS.to_mgpu())
+
+    return keep(x, edge)
+
+
 def put_tile_rows(x, ref):
     """Writes one row of each 16-row tile of x [64,n], whose rows must be alike within a tile, to ref [4,n] float32."""
 

@@ -246,6 +246,11 @@ def _order_masks(what):
     return jnp.asarray({"above": j >= i, "below": j < i, "joined": joined}[what], jnp.bfloat16)
 
 
+def _within(x, edge, reverse=False):
+    column, edge = np.arange(64)[None], edge[:, None]
+    return jnp.triu(jnp.where(column <= edge, x, 0)) if reverse else jnp.tril(jnp.where(column >= edge, x, 0))
+
+
 _ROWS = {
     "partner_rows": lambda x, distance: x[np.arange(64) ^ distance],
     "pick": lambda size, upper, lower: jnp.where((np.arange(64) // size % 2 == 1)[:, None], upper, lower),
@@ -257,6 +262,7 @@ _ROWS = {
     "across_tiles": _across_tiles,
     "order_masks": _order_masks,
     "causal": lambda x, reverse=False: jnp.triu(x) if reverse else jnp.tril(x),
+    "within": _within,
     "put_tile_rows": lambda x, ref: ref.__setitem__(..., x[::16]),
     "get_tile_rows": _tile_rows,
     "load_state": lambda ref, shape: jnp.asarray(ref.view),
