@@ -116,7 +116,7 @@ def _vector_values(q, k, v, log_decay, initial_state, documents, save):
 def _vector_forward(q, k, v, log_decay, initial_state, first):
     log_decay, documents = _marked(log_decay, first), first is not None
     out, after, saved = _vector_values(q, k, v, log_decay, initial_state, documents, save=True)
-    states, scores = kept(saved)
+    states, scores, log_decay = kept((*saved, log_decay))  # gates cost their models many operations
     flags = tuple(() if present else None for present in (initial_state is not None, documents))
     return (out, after), (q, k, v, log_decay, states, scores, flags)
 

@@ -37,8 +37,9 @@ FAINT = 1e-30  # the mark of a first token whose own log decay is zero
 
 def mark(log_decay, first):
     """log_decay with its sign turned where `first`, [B,T], says that a document's first token is."""
-    marked = jnp.maximum(-log_decay, jnp.asarray(FAINT, log_decay.dtype))
-    return jnp.where(first[..., None, None], marked, log_decay)
+    flat = log_decay.reshape(*first.shape, -1)  # by heads, XLA would not fuse it with what forms the log decays
+    marked = jnp.maximum(-flat, jnp.asarray(FAINT, flat.dtype))
+    return jnp.where(first[..., None], marked, flat).reshape(log_decay.shape)
 
 
 def gates(x, documents, tied):

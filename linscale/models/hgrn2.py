@@ -40,19 +40,59 @@ class Mixer(nnx.Module):
         model = self.model
         q, v = (split_heads(w(x_BTD), model.heads) for w in (self.query, self.value))
         q = activation(model.hgrn2_query_activation)(q)
-        gates = log_forget(self.forget(x_BTD).astype(jnp.float32), self.lower_bound[...])
-        gates = split_heads(gates.astype(q.dtype), model.heads)  # a rounded log near 0 hardly moves its gate
+        # In bfloat16 the logs are rounded too: near 0 that hardly moves a gate.
+        gates = split_heads(log_forget(self.forget(x_BTD), self.lower_bound[...]), model.heads)
         out, caches = attend(model, q, None, v, cache=cache, segment_ids=segment_ids, log_decay=gates)
         return self.out(simple_rms_norm(merge_heads(out), model.hgrn2_norm_epsilon)), caches
 
 
+@jax.custom_vjp
 def log_forget(x: jax.Array, beta: jax.Array) -> jax.Array:
-    """log(beta + (1 - beta) sigmoid(x)) in float32, accurate near f = 1 and near f = 0, with finite gradients.
+    """log(beta + (1 - beta) sigmoid(x)) in x's dtype, formed in float32; x [...,D], beta [D] or a scalar, float32.
 
-    For x >= 0, 1 - f = (1 - beta) sigmoid(-x) is small and log1p of it keeps its digits; for x < 0 the sum of the two
-    terms of f is formed in log space, where neither can vanish.
+    Accurate near f = 1, where 1 - f = (1 - beta) sigmoid(-x) is small and keeps its digits, and near f = 0, where f
+    itself is the sum of two numbers of one sign. Values and gradients are finite: a bound below the smallest float32 is
+    raised to it.
     """
-    small = (1 - beta) * jax.nn.sigmoid(-jnp.maximum(x, 0))
-    floor = jnp.log(jnp.maximum(beta, jnp.finfo(jnp.float32).tiny))
-    in_log_space = jnp.logaddexp(floor, jnp.log1p(-beta) + jax.nn.log_sigmoid(x))
-    return jnp.where(x >= 0, jnp.log1p(-small), in_log_space)
+    stay, leave = _sigmoids(x)
+    small = (1 - beta) * leave
+    near_one = small < 0.5
+    f = jnp.where(near_one, 1 - small, _floor(beta) + (1 - beta) * stay)
+    return (jnp.log(f) + jnp.where(near_one, (1 - f) - small, 0.0)).astype(x.dtype)  # what 1 - small has rounded off
+
+
+def _sigmoids(x):
+    """sigmoid(x) and sigmoid(-x) in float32, each accurate near 0, from one exponential."""
+    x = x.astype(jnp.float32)
+    fraction = jnp.exp(-jnp.abs(x))
+    large = 1 / (1 + fraction)
+    small = fraction * large
+    return jnp.where(x >= 0, large, small), jnp.where(x >= 0, small, large)
+
+
+def _floor(beta):
+    return jnp.maximum(beta, jnp.finfo(jnp.float32).tiny)
+
+
+def _log_forget_forward(x, beta):
+    return log_forget(x, beta), (x, beta)
+
+
+def _log_forget_backward(residuals, d_log):
+    """Formed anew for x and for beta: what the two and the forward pass share, XLA would store as float32 arrays of x's
+    size, as by JAX's own rule."""
+    x, beta = residuals
+
+    def anew(x, d_log):
+        x, d_log = jax.lax.optimization_barrier((x, d_log))
+        stay, leave = _sigmoids(x)
+        return x, d_log, stay, d_log.astype(jnp.float32) * leave / (_floor(beta) + (1 - beta) * stay)
+
+    x, d_log, stay, d_stay = anew(x, d_log)
+    d_x = ((1 - beta) * stay * d_stay).astype(x.dtype)
+    *_, d_stay = anew(x, d_log)
+    d_beta = jnp.sum(d_stay, axis=tuple(range(x.ndim - beta.ndim)))
+    return d_x, jnp.where(beta < _floor(beta), 0.0, d_beta)  # a bound raised to the smallest number does not move f
+
+
+log_forget.defvjp(_log_forget_forward, _log_forget_backward)

@@ -46,6 +46,27 @@ class TestHgrn2:
         np.testing.assert_allclose(got[clear], want[clear], rtol=2e-6, atol=1e-37)
         np.testing.assert_allclose(got[~clear], np.logaddexp(floor, want[~clear]), rtol=2e-6)
 
+    @pytest.mark.parametrize("dtype", ("float32", "bfloat16"))
+    def test_gradients_are_those_of_the_formula(self, dtype):
+        rng = np.random.default_rng(0)
+        x = jnp.asarray(np.concatenate([[-60, -30, 30, 80], 4 * rng.normal(size=996)]).reshape(4, 5, 50), dtype)
+        beta = jnp.float32(np.concatenate([[0.0, 1e-30, 1 - 1e-6], rng.uniform(0.001, 0.99, 47)]))
+        d_log = jnp.asarray(rng.normal(size=x.shape), dtype)
+        _, pullback = jax.vjp(hgrn2.log_forget, x, beta)
+        dx, d_beta = pullback(d_log)
+        assert dx.dtype == x.dtype and d_beta.shape == beta.shape
+
+        def plain(x, beta):
+            return jnp.log(beta + (1 - beta) * jax.nn.sigmoid(x))
+
+        with jax.enable_x64(True):
+            wide = [jnp.asarray(np.asarray(a, np.float64)) for a in (x, beta, d_log)]
+            _, pullback = jax.vjp(plain, *wide[:2])
+            want_x, want_beta, scale = (np.asarray(a) for a in (*pullback(wide[2]), jnp.abs(wide[2])))
+        assert np.max(np.abs(np.asarray(dx, np.float64) - want_x) / scale) < (1e-6 if dtype == "float32" else 4e-3)
+        assert d_beta[0] == 0  # a bound of zero is the first layer's, and stays
+        np.testing.assert_allclose(d_beta[1:], want_beta[1:], rtol=1e-5, atol=1e-4)
+
     def test_gradients_are_finite_everywhere(self):
         x = jnp.concatenate([jnp.array([-1e4, -100.0, 100.0, 1e4]), jnp.linspace(-20, 20, 41)])
         for beta in (0.0, 1e-38, 0.5, 1.0 - 1e-7):
