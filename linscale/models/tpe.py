@@ -19,13 +19,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.experimental.layout import Layout, with_layout_constraint
 
 from linscale.config import Model
 from linscale.kernels.axes import Axes, mesh_for, over_mesh
 from linscale.kernels.handing_on import documents, hand_on
 from linscale.sharding import AXES
 
-CHUNK = 64
+CHUNK = 128
 
 
 class Tpe(nnx.Module):
@@ -42,8 +43,9 @@ class Tpe(nnx.Module):
     def __call__(self, x_BTD, *, segment_ids, cache):
         state = jnp.zeros((x_BTD.shape[0], *self.coefficients.shape)) if cache is None else cache
         axes = AXES if cache is None else None
-        y, state = toeplitz(x_BTD.astype(jnp.float32), self.coefficients[...], state, segment_ids, axes=axes)
-        return y.astype(x_BTD.dtype), None if cache is None else state
+        y, state = toeplitz(x_BTD, self.coefficients[...], state, segment_ids, axes=axes)
+        # The products have a batch of channels; left to XLA, channels would come first in memory in all layers.
+        return with_layout_constraint(y, Layout((0, 1, 2))), None if cache is None else state
 
 
 def decays(states: int) -> np.ndarray:
@@ -52,9 +54,13 @@ def decays(states: int) -> np.ndarray:
 
 
 def toeplitz(x_BTD, coefficients_DE, state_BDE, segment_ids=None, *, axes: Axes | None = None):
-    """All float32 -> (y [B,T,D], the state after the last token). A document starts where the segment id changes; the
-    first one continues the given state. axes: how the mesh in context splits batch, tokens and
-    channels, see `linear_attention`."""
+    """(y [B,T,D] in the dtype of x, the state after the last token [B,D,E]). A document starts where the segment id
+    changes; the first one continues the given state. axes: how the mesh in context splits batch, tokens and channels,
+    see `linear_attention`.
+
+    Coefficients and states are float32. So are the products for float32 x; for bfloat16 x they are formed in three
+    passes of bfloat16 or one of TF32, whose rounding is a quarter of that of y or less.
+    """
     mesh = mesh_for(axes)
     if mesh is None:
         return _side_by_side(x_BTD, coefficients_DE, state_BDE, segment_ids)
@@ -103,6 +109,10 @@ def spans_of_a_row(batch: int, tokens: int) -> int:
     return next((n for n in allowed if n * batch >= 64), max(allowed, default=1))
 
 
+def _einsum(dtype):
+    return functools.partial(jnp.einsum, precision="highest" if dtype == jnp.float32 else "high")
+
+
 def _states(x_BTD, initial_BDE, segment_ids, axis):
     """The state before this device's span of the tokens, and after the last one."""
     tokens, states = x_BTD.shape[1], initial_BDE.shape[2]
@@ -110,12 +120,13 @@ def _states(x_BTD, initial_BDE, segment_ids, axis):
     age_T = jnp.arange(tokens - 1, -1, -1, dtype=jnp.float32)
     carry_out_TE = jnp.asarray(1 - lam, jnp.float32) * jnp.exp(age_T[:, None] * jnp.asarray(np.log(lam), jnp.float32))
     across_BDE = jnp.asarray(lam**tokens, jnp.float32)[None, None]
+    einsum, x_BTD = _einsum(x_BTD.dtype), x_BTD.astype(jnp.float32)
     begins_B = None
     if segment_ids is not None:
         begins_B, reaches_BT, survives_B = documents(segment_ids, axis)
         x_BTD = x_BTD * reaches_BT[..., None]
         across_BDE = across_BDE * survives_B[:, None, None]
-    added_BDE = jnp.einsum("te,btd->bde", carry_out_TE, x_BTD, precision="highest")
+    added_BDE = einsum("te,btd->bde", carry_out_TE, x_BTD)
     before, after = hand_on(added_BDE, across_BDE, initial_BDE, axis, jnp.multiply, jnp.multiply)
     return before if begins_B is None else jnp.where(begins_B[:, None, None], 0, before), after
 
@@ -128,7 +139,8 @@ def _on_device(x_BTD, coefficients_DE, state_BDE, segment_ids):
     lam = decays(coefficients_DE.shape[1])
     log_lam_E = jnp.asarray(np.log(lam), jnp.float32)
     i = np.arange(chunk)
-    einsum = functools.partial(jnp.einsum, precision="highest")
+    dtype, x_BTD = x_BTD.dtype, x_BTD.astype(jnp.float32)
+    einsum = _einsum(dtype)
     taps_PD = einsum("pe,de->pd", jnp.asarray((1 - lam) * lam ** i[:, None], jnp.float32), coefficients_DE)
     carry_in_PE = jnp.asarray(lam ** (i[:, None] + 1), jnp.float32)
 
@@ -159,34 +171,35 @@ def _on_device(x_BTD, coefficients_DE, state_BDE, segment_ids):
     added_NBDE = einsum("pe,bnpd->nbde", carry_out_PE(chunk), writes_BNPD[:, :-1])
     last_BDE, states_NBDE = jax.lax.scan(one_chunk, state_BDE, (added_NBDE, survives_BN[:, :-1].T))
     states_NBDE = jnp.concatenate([states_NBDE, last_BDE[None]])
-    y_BNPD = _convolve(x_BNPD, taps_PD, place_BNP)
+    y_BNPD = _convolve(dtype, x_BNPD, taps_PD, place_BNP)
     y_BNPD += einsum("nbde,pe->bnpd", states_NBDE * coefficients_DE, carry_in_PE) * reads_BNP
     length = tokens - chunk * (chunks - 1)
     after_BDE = last_BDE * jnp.exp(length * log_lam_E) * survives_BN[:, -1, None, None]
     after_BDE += einsum("pe,bpd->bde", carry_out_PE(length), writes_BNPD[:, -1])
-    return y_BNPD.reshape(batch, -1, width)[:, :tokens], after_BDE
+    return y_BNPD.reshape(batch, -1, width)[:, :tokens].astype(dtype), after_BDE
 
 
-@jax.custom_vjp
-def _convolve(x_BNPD, taps_PD, place_BNP):
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _convolve(dtype, x_BNPD, taps_PD, place_BNP):
     """y_p = sum over q <= p of its document of taps_(p-q) x_q, in each chunk.
 
     place: the number of each token's document in its chunk, from 0, or None for one document. One product with the
     matrix of taps serves one document of every chunk, so there are as many products as the fullest chunk has documents.
+    dtype: that of the caller's x, which decides their precision.
     """
     matrix_PQD = _toeplitz_matrix(taps_PD)
-    product = functools.partial(jnp.einsum, "pqd,bnqd->bnpd", precision="highest")
+    product = functools.partial(_einsum(dtype), "pqd,bnqd->bnpd")
     return _by_place(place_BNP, lambda of_one: of_one(product(matrix_PQD, of_one(x_BNPD))))
 
 
-def _convolve_forward(*args):
-    return _convolve(*args), args
+def _convolve_forward(dtype, *args):
+    return _convolve(dtype, *args), args
 
 
-def _convolve_backward(residuals, dy_BNPD):
+def _convolve_backward(dtype, residuals, dy_BNPD):
     x_BNPD, taps_PD, place_BNP = residuals
     matrix_PQD, pullback = jax.vjp(_toeplitz_matrix, taps_PD)
-    einsum = functools.partial(jnp.einsum, precision="highest")
+    einsum = _einsum(dtype)
 
     def gradients(of_one):
         dy = of_one(dy_BNPD)
@@ -211,10 +224,11 @@ def _by_place(place_BNP, part):
     if place_BNP is None:
         return part(lambda x: x)
 
+    def here(j):
+        return part(lambda x: jnp.where((place_BNP == j)[..., None], x, 0))
+
     def add(carry):
         j, total = carry
-        here = part(lambda x: jnp.where((place_BNP == j)[..., None], x, 0))
-        return j + 1, jax.tree.map(jnp.add, total, here)
+        return j + 1, jax.tree.map(jnp.add, total, here(j))
 
-    zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(lambda: part(lambda x: x)))
-    return jax.lax.while_loop(lambda carry: carry[0] <= jnp.max(place_BNP), add, (0, zeros))[1]
+    return jax.lax.while_loop(lambda carry: carry[0] <= jnp.max(place_BNP), add, (1, here(0)))[1]

@@ -92,12 +92,14 @@ class TestCosformer2:
         theta = init(model, 0)["layers"]["cosformer2"]["mixer"]["theta"]
         np.testing.assert_allclose(theta[0].reshape(-1), 10_000 ** (-2 * np.arange(32) / 32), rtol=1e-5)
 
-    @pytest.mark.parametrize("tokens", (1, 16, 33, 700))
-    def test_tpe_is_the_recurrence(self, tokens):
+    @pytest.mark.parametrize(
+        ("tokens", "dtype"), [(1, "float32"), (16, "float32"), (33, "float32"), (700, "float32"), (20, "bfloat16")]
+    )
+    def test_tpe_is_the_recurrence(self, tokens, dtype):
         """Values and gradients, with documents and a state to continue, against a float64 loop."""
         rng = np.random.default_rng(tokens)
         batch, width, states = 2, 6, 5
-        x = rng.normal(size=(batch, tokens, width))
+        x = np.asarray(jnp.asarray(rng.normal(size=(batch, tokens, width)), dtype), np.float64)
         coefficients = rng.normal(size=(width, states))
         state = rng.normal(size=(batch, width, states))
         ids = np.cumsum(rng.random((batch, tokens)) < 0.1, axis=1)
@@ -118,12 +120,13 @@ class TestCosformer2:
         with jax.enable_x64(True):  # the loop is unrolled: gradients at short lengths alone
             args = tuple(map(jnp.asarray, (x, coefficients, state)))
             want = recurrence(*args), (jax.grad(projected(recurrence), argnums=(0, 1, 2))(*args) if tokens < 50 else ())
-        low = tuple(map(jnp.float32, (x, coefficients, state)))
+        low = (jnp.asarray(x, dtype), jnp.float32(coefficients), jnp.float32(state))
         f = lambda *a: toeplitz(*a, segment_ids=jnp.asarray(ids))  # noqa: E731
         got = f(*low), (jax.grad(projected(f), argnums=(0, 1, 2))(*low) if tokens < 50 else ())
         for g, w in zip(jax.tree.leaves(got), jax.tree.leaves(want)):
             g, w = np.asarray(g, np.float64), np.asarray(w)
-            assert np.sqrt(np.mean((g - w) ** 2)) < 1e-5 * np.sqrt(np.mean(np.square(w)))
+            bound = 1e-5 if dtype == "float32" else 5e-3
+            assert np.sqrt(np.mean((g - w) ** 2)) < bound * np.sqrt(np.mean(np.square(w)))
 
     def test_tpe_starts_near_the_identity(self):
         model = Model(arch="cosformer2", width=32, heads=2)
