@@ -145,19 +145,14 @@ def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
     return jax.lax.with_sharding_constraint(x, PartitionSpec(*fits))
 
 
-def gather(params: Any, dtype=None) -> Any:
-    """Parameters of a layer (or {"embedding": ...}), whole along fsdp, as they are used; gradients come back cut.
-
-    dtype: matrices ("kernel") are cast to it first, as they will be at their use, so that less is sent.
-    """
+def gather(params: Any) -> Any:
+    """Parameters of a layer (or {"embedding": ...}), whole along fsdp, as they are used; gradients come back cut."""
     mesh = _ambient()
     if mesh is None or _size(mesh, "fsdp") == 1:
         return params
 
     def one(path, x):
         spec = _spec(path, x.ndim)
-        if dtype is not None and path[-1].key == "kernel":
-            x = x.astype(dtype)
         return _gather(spec, _without_fsdp(spec), x)
 
     return jax.tree_util.tree_map_with_path(one, params)

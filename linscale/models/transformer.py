@@ -23,7 +23,7 @@ from linscale.config import ConfigError, Model
 from linscale.kernels import cross_entropy, documents_fit
 from linscale.kernels.remat import KEPT
 from linscale.models import cosformer2, hgrn2, llama, tnl
-from linscale.models.layers import GatedLinearUnit, LayerCache, activation, compute_dtype
+from linscale.models.layers import GatedLinearUnit, LayerCache, activation, compute_dtype, matrices_in
 from linscale.models.tpe import Tpe
 
 _MIXERS = {"llama": llama.Mixer, "tnl": tnl.Mixer, "hgrn2": hgrn2.Mixer, "cosformer2": cosformer2.Mixer}
@@ -97,6 +97,8 @@ class Transformer(nnx.Module):
         for kind, at in layer_indices(self.model).items():
             graphdef, params = nnx.split(self.layers[kind])
             params = nnx.to_pure_dict(params)
+            if cache is None:  # generation has them cast already
+                params = matrices_in(compute_dtype(self.model), params)
             if hasattr(_MIXERS[kind], "across_layers"):
                 params["mixer"] = _MIXERS[kind].across_layers(params["mixer"])
             caches[kind] = None if cache is None else cache["layers"][kind]
@@ -112,7 +114,7 @@ class Transformer(nnx.Module):
             def one_layer(carry, xs, graphdef=graphdef, context=context):
                 x_BTD, caches = carry
                 params, layer, row = xs
-                block = nnx.merge(graphdef, sharding.gather(params, compute_dtype(self.model)))
+                block = nnx.merge(graphdef, sharding.gather(params))
                 cache = None if caches is None else LayerCache(caches, row)
                 x_BTD, caches = block(x_BTD, layer=layer, cache=cache, **context)
                 return (sharding.constrain(x_BTD, "batch", "sequence", None), caches), None
