@@ -106,7 +106,8 @@ class LowRankGate(nnx.Module):
         self.up = dense(rank, model.width, model, rngs)
 
     def __call__(self, x_BTD):
-        return jax.nn.sigmoid(self.up(self.down(x_BTD)))
+        # Kept apart from other products with x: merged with one, XLA would slice and copy what comes of both.
+        return jax.nn.sigmoid(self.up(self.down(jax.lax.optimization_barrier(x_BTD))))
 
 
 def activation(name: str):
