@@ -15,12 +15,14 @@ import argparse
 import dataclasses
 import functools
 import json
+import os
 import subprocess
 import sys
 import time
 from pathlib import Path
 
 BEGAN = time.perf_counter()
+os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.95")  # as of the command line
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 ARCHITECTURES = ["llama", "tnl", "hgrn2", "cosformer2"]
 
