@@ -37,7 +37,12 @@ def shapes(kind, tokens, channels, state, segments, batch=2, heads=3):
 @pytest.mark.parametrize("kind", ("none", "scalar", "phase", "vector", "tied"))
 @pytest.mark.parametrize(
     ("tokens", "channels", "state", "segments"),
-    [(2100, 128, False, False), (1001, 128, True, True), (5, 64, True, False), (2100, 64, True, True)],
+    [
+        pytest.param(2100, 128, False, False, marks=pytest.mark.slow),
+        (1001, 128, True, True),
+        pytest.param(5, 64, True, False, marks=pytest.mark.slow),
+        (2100, 64, True, True),
+    ],
 )  # those of 2100 tokens are cut into spans
 def test_forward_and_backward_lower(kind, tokens, channels, state, segments):
     arrays, ids = shapes(kind, tokens, channels, state, segments)

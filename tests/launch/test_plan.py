@@ -70,7 +70,7 @@ def test_what_the_sequence_axis_sends_of_linear_models_does_not_grow_with_the_se
     mesh = ["--topology=v5e:2x2", "--config.mesh.data=1", "--config.mesh.sequence=4"]
     sent = [
         plan(tmp_path, arch, *mesh, f"--config.train.sequence={tokens}")["asked"]["sent"]["sequence"]
-        for tokens in (512, 2048)
+        for tokens in (1024, 4096)
     ]
     if arch == "llama":
         assert sent[1] > 2 * sent[0]

@@ -40,7 +40,9 @@ def test_formula_in_logarithms_is_the_formula(name):
     np.testing.assert_allclose(got, np.log(form.loss(PLANTED[name], runs.n, runs.d, runs.unique)), rtol=1e-9)
 
 
-@pytest.mark.parametrize("name", PLANTED)
+@pytest.mark.parametrize(
+    "name", [pytest.param(n, marks=[pytest.mark.slow] * (n == "data-constrained")) for n in PLANTED]
+)
 def test_noiseless_runs_give_the_planted_coefficients(name):
     found = parametric.fit(name, simulate(name, noise=0), resamples=0)
     np.testing.assert_allclose(found.values, PLANTED[name], rtol=1e-3)
