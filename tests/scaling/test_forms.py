@@ -91,6 +91,7 @@ def test_reduction_changes_the_objective_alone():
     assert total.objective == pytest.approx(100 * mean.objective)
 
 
+@pytest.mark.slow
 def test_hoffmann_starts_reach_the_same_minimum():
     runs = simulate("chinchilla")
     grid = np.array(list(itertools.product((-1, 0, 1), (0, 10, 20), (0, 10, 20), (0.5, 1), (0.5, 1))), float)
