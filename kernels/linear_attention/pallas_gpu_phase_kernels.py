@@ -21,6 +21,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from linscale.kernels.linear_attention import pallas_gpu_rows as rows
+from linscale.kernels.linear_attention import pallas_gpu_scores as on_scores
 from linscale.kernels.linear_attention.pallas_gpu_scalar import (
     BF,
     F32,
@@ -48,8 +49,8 @@ def across(vector, shape, dimension):
 def _causal(scores, reverse, doc_s):
     """scores [C,C] bfloat16, 0 where the row's token does not see the column's."""
     if doc_s is None:
-        return rows.causal(scores, reverse).astype(BF)
-    return rows.within(scores, load(doc_s.at[EDGE], ROWS.reduce(1)).astype(F32), reverse).astype(BF)
+        return on_scores.causal(scores, reverse).astype(BF)
+    return on_scores.within(scores, load(doc_s.at[EDGE], ROWS.reduce(1)).astype(F32), reverse).astype(BF)
 
 
 def _sweep(q, k, v, table, turn, initial, docs, spans, reverse, stages, make, sines=False):

@@ -16,6 +16,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from linscale.kernels.linear_attention import pallas_gpu_rows as rows
+from linscale.kernels.linear_attention import pallas_gpu_scores as on_scores
 from linscale.kernels.linear_attention.pallas_gpu_gates import SHARED, SLICE, TILE, gates, products, tiles
 from linscale.kernels.linear_attention.pallas_gpu_scalar import (
     BF,
@@ -95,7 +96,7 @@ def forward(q, k, v, log_decay, initial, *, spans=1, save=False, documents=False
 
             none = plgpu.layout_cast(jnp.zeros((C, TILE), F32), ROWS)
             # A loop here and in the other kernels: unrolled it is no faster and takes twice as long to lower.
-            return rows.select_levels(lax.fori_loop(0, parts, one, (none,) * 5))
+            return on_scores.select_levels(lax.fori_loop(0, parts, one, (none,) * 5))
 
         @pl.when(wg < 2)
         def _compute():
@@ -130,7 +131,7 @@ def forward(q, k, v, log_decay, initial, *, spans=1, save=False, documents=False
                     plgpu.wgmma(oacc, q_s.at[slot], s_s.at[here])
                     tile = load(tile_s.at[0]) + load(tile_s.at[1])
                     near, far = (plgpu.wgmma_accumulator_load(a, wait_n=n) for a, n in ((acc16, 2), (acc32, 1)))
-                    p = rows.assemble_scores(tile, near, far)
+                    p = on_scores.assemble_scores(tile, near, far)
                     return p.astype(BF), oacc[...]
 
                 p, o = pl.run_scoped(scores, plgpu.ACC((C, C), F32), plgpu.ACC((C, C), F32), plgpu.ACC((C, half), F32))

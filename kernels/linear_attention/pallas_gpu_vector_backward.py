@@ -21,6 +21,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from linscale.kernels.linear_attention import pallas_gpu_rows as rows
+from linscale.kernels.linear_attention import pallas_gpu_scores as on_scores
 from linscale.kernels.linear_attention.pallas_gpu_gates import (
     SHARED,
     SLICE,
@@ -212,8 +213,8 @@ def within(q, k, v, do, log_decay, states, grads, *, documents=False):
 
         forth, back = pl.run_scoped(meet, plgpu.ACC((C, C), F32), plgpu.ACC((C, C), F32))
         for level in range(2):
-            sym_s.at[level][...] = rows.across_tiles(forth, back, TILE << level).astype(BF)
-        forth, back = rows.diagonal_tiles(forth), rows.diagonal_tiles(back)
+            sym_s.at[level][...] = on_scores.across_tiles(forth, back, TILE << level).astype(BF)
+        forth, back = on_scores.diagonal_tiles(forth), on_scores.diagonal_tiles(back)
         i, j = lax.rem(index((C, TILE), 0), jnp.int32(TILE)), index((C, TILE), 1)
         same_token = jnp.sum(jnp.where(i == j, forth, 0.0), axis=1)
         same_token = plgpu.layout_cast(lax.broadcast_in_dim(same_token, (C, SLICE), (0,)), ROWS)
@@ -279,9 +280,9 @@ def within(q, k, v, do, log_decay, states, grads, *, documents=False):
             plgpu.commit_smem()
 
             def gather(acc, mine=mine):  # (1 - k is the gate)
-                plgpu.wgmma(acc, rows.order_masks("joined"), q_s.at[:, mine])
-                plgpu.wgmma(acc, rows.order_masks("above"), reads_s.at[:, mine])
-                plgpu.wgmma(acc, rows.order_masks("below"), writes_s.at[:, mine])
+                plgpu.wgmma(acc, on_scores.order_masks("joined"), q_s.at[:, mine])
+                plgpu.wgmma(acc, on_scores.order_masks("above"), reads_s.at[:, mine])
+                plgpu.wgmma(acc, on_scores.order_masks("below"), writes_s.at[:, mine])
 
             dg = pl.run_state(gather)(plgpu.ACC.init(dg - (1.0 - k) * dk if tied else dg))
             plgpu.commit_smem()  # all warps have read what is now written over

@@ -24,6 +24,7 @@ from linscale.kernels.linear_attention import (
     pallas_gpu_rows,
     pallas_gpu_scalar,
     pallas_gpu_scalar_backward,
+    pallas_gpu_scores,
     pallas_gpu_vector,
     pallas_gpu_vector_backward,
     pallas_gpu_vector_states,
@@ -297,5 +298,6 @@ def emulated():
                 if hasattr(module, name):
                     stack.enter_context(mock.patch.object(module, name, fake))
         for name, f in _ROWS.items():
-            stack.enter_context(mock.patch.object(pallas_gpu_rows, name, f))
+            module = pallas_gpu_rows if hasattr(pallas_gpu_rows, name) else pallas_gpu_scores
+            stack.enter_context(mock.patch.object(module, name, f))
         yield
