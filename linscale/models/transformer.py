@@ -97,8 +97,7 @@ class Transformer(nnx.Module):
         for kind, at in layer_indices(self.model).items():
             graphdef, params = nnx.split(self.layers[kind])
             params = nnx.to_pure_dict(params)
-            if cache is None:  # generation has them cast already
-                params = matrices_in(compute_dtype(self.model), params)
+            params = matrices_in(compute_dtype(self.model), params)
             if hasattr(_MIXERS[kind], "across_layers"):
                 params["mixer"] = _MIXERS[kind].across_layers(params["mixer"])
             caches[kind] = None if cache is None else cache["layers"][kind]
