@@ -2,7 +2,7 @@
 
     pip install 'jax[tpu]'
     python experiments/kernels/tpu_schedule.py --output=tpu_schedules       # all generations, kinds and head sizes
-    python experiments/kernels/tpu_schedule.py --generations=v5e --kinds=scalar --channels=128 --tiles=128,512,8,4
+    python experiments/kernels/tpu_schedule.py --generations=v5e --kinds=scalar --channels=128 --tiles=128,512,8,4,64
 
 For each kernel the compiler's final schedule is read: how many cycles one step of the grid takes in the steady state
 (waits for memory are not part of a schedule), against two floors of the same step: the matrix unit's, by the operator's
@@ -231,7 +231,9 @@ def main():
     parser.add_argument("--directions", type=words, default=["forward", "backward"])
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--heads", type=int, default=16)
-    parser.add_argument("--tiles", help="chunk,block,forward columns,backward columns: instead of the table's")
+    parser.add_argument(
+        "--tiles", help="chunk,block,forward columns,backward columns,chunk of two heads: instead of the table's"
+    )
     parser.add_argument("--output", help="folder for schedules.json and schedules.md")
     parser.add_argument("--keep", action="store_true", help="keep the compiler's dump of the last kernel")
     args = parser.parse_args()

@@ -56,8 +56,8 @@ def pallas_tpu(q, k, v, log_decay, phase, initial_state, segment_ids):
         theta = phase.astype(jnp.float32)
         initial = None if initial is None else _phase_to_columns(_turned(initial, theta, 1), width, heads)
     elif initial is not None:
-        initial = _state_to_columns(initial, width, heads)
-    docs = None if segment_ids is None else _documents(segment_ids, q, padded, plan.chunk)
+        initial = _state_to_columns(initial.mT if kind in ("vector", "tied") else initial, width, heads)
+    docs = None if segment_ids is None else _documents(segment_ids, q, padded, plan.chunk, heads)
     q, v, k = to_columns(q), to_columns(v), None if k is None else to_columns(k)
     if kind in ("vector", "tied"):
         out, state = _vector(plan, q, k, v, to_columns(log_decay), initial, docs)
@@ -73,7 +73,8 @@ def pallas_tpu(q, k, v, log_decay, phase, initial_state, segment_ids):
     if kind == "phase":
         state = _phase_from_columns(state, heads, K)[:, :H, :, :V]
         return out, _turned(state, theta, tokens - 1 - (padded - plan.chunk))
-    return out, _state_from_columns(state, heads)[:, :H, :K, :V]
+    state = _state_from_columns(state, heads)
+    return out, (state.mT if kind in ("vector", "tied") else state)[:, :H, :K, :V]
 
 
 def kind_of(k, log_decay, phase) -> str:
@@ -89,16 +90,15 @@ def plan_for(tokens, H, K, V, kind, dtype, interpret, q=None) -> scalar.Plan:
     generation = tiles.generation(tiles.target(q))
     size = tiles.table(kind)[generation]
     columns = -(-H // heads)
-    share = (
-        heads if kind in ("vector", "tied") else 1
-    )  # two heads of 64, or products in six passes: columns of more work
-    share *= jnp.dtype(dtype).itemsize // 2
-    chunks = -(-tokens // size.chunk)
-    most = max(size.block // size.chunk * 2 // jnp.dtype(dtype).itemsize, 1)  # float32 fills memory twice as fast
+    chunk = size.chunk if heads == 1 else size.pair
+    wide = jnp.dtype(dtype).itemsize // 2  # float32: twice the memory, products in six passes
+    share = wide * max(heads * chunk // size.chunk, 1)
+    chunks = -(-tokens // chunk)
+    most = max(size.block // chunk // wide, 1)
     return scalar.Plan(
         tokens=tokens,
         heads=heads,
-        chunk=size.chunk,
+        chunk=chunk,
         chunks=-(-chunks // -(-chunks // most)),
         columns=_divisor(columns, max(size.forward // share, 1)),
         columns_backward=_divisor(columns, max(size.backward // share, 1)),
@@ -137,40 +137,33 @@ def _turned(state, theta, tokens):
 
 
 def _state_to_columns(state, width, heads):
-    """[B,H,K,V] -> [B,W,128,128]; two heads of 64 become the blocks of a diagonal."""
+    """[B,H,K,V] -> [B,W,128/heads,128]: a column's heads beside one another."""
     wide = LANES // heads
     batch, H, K, V = state.shape
     state = _pad(state, [(0, 0), (0, width * heads - H), (0, wide - K), (0, wide - V)])
-    if heads == 1:
-        return state
-    state = state.reshape(batch, width, 2, wide, wide)
-    own = jnp.eye(2, dtype=state.dtype)[:, None, :, None]
-    return (state[:, :, :, :, None, :] * own).reshape(batch, width, LANES, LANES)
+    return state.reshape(batch, width, heads, wide, wide).swapaxes(2, 3).reshape(batch, width, wide, LANES)
 
 
 def _state_from_columns(state, heads):
-    """[B,W,128,128] -> [B,W*heads,128/heads,128/heads]."""
-    if heads == 1:
-        return state
-    batch, width = state.shape[:2]
-    both = jnp.stack([state[..., :64, :64], state[..., 64:, 64:]], axis=2)
-    return both.reshape(batch, width * 2, 64, 64)
+    """[B,W,128/heads,128] -> [B,W*heads,128/heads,128/heads]."""
+    batch, width, wide, _ = state.shape
+    return state.reshape(batch, width, wide, heads, wide).swapaxes(2, 3).reshape(batch, width * heads, wide, wide)
 
 
 def _phase_to_columns(state, width, heads):
-    """[B,H,2K,V] -> [B,W,128,256]: value channels first, the sine part turned backwards, as the kernel's features."""
-    even, odd = jnp.split(state, 2, axis=2)
-    return jnp.concatenate([_state_to_columns(x, width, heads).mT for x in (even, -odd)], axis=3)
+    """[B,H,2K,V] -> [B,W,128/heads,256]: value channels first, the sine part turned backwards, as the kernel's features."""
+    even, odd = jnp.split(state.mT, 2, axis=3)
+    return jnp.concatenate([_state_to_columns(x, width, heads) for x in (even, -odd)], axis=3)
 
 
 def _phase_from_columns(state, heads, K):
     """The inverse: [B,W*heads,2K,128/heads]."""
-    even, odd = (_state_from_columns(x.mT, heads)[:, :, :K] for x in jnp.split(state, 2, axis=3))
-    return jnp.concatenate([even, -odd], axis=2)
+    even, odd = (_state_from_columns(x, heads)[..., :K] for x in jnp.split(state, 2, axis=3))
+    return jnp.concatenate([even, -odd], axis=3).mT
 
 
-def _documents(segment_ids, q, padded, C):
-    """What the kernels need to know of documents, [B,T/C,8,C] float32.
+def _documents(segment_ids, q, padded, C, heads):
+    """What the kernels need to know of documents, [B,T/C,8,heads*C] float32: the same for each head of a column.
 
     Rows: documents begun by a token, whether it reads the state before its chunk, whether it reaches the chunk's end,
     whether the state passes the whole chunk, whether a token begins a document; the rest is zero.
@@ -184,7 +177,8 @@ def _documents(segment_ids, q, padded, C):
     before = jnp.pad(last[:, :-1], ((0, 0), (1, 0), (0, 0)))  # the first token starts no document
     rows = (begun, begun == before, begun == last, jnp.broadcast_to(before == last, begun.shape), starts)
     docs = jnp.stack([r.astype(jnp.float32) for r in rows], axis=2)
-    return jnp.pad(docs, ((0, 0), (0, 0), (0, scalar.DOCUMENT_ROWS - len(rows)), (0, 0)))
+    docs = jnp.pad(docs, ((0, 0), (0, 0), (0, scalar.DOCUMENT_ROWS - len(rows)), (0, 0)))
+    return jnp.tile(docs, (1, 1, 1, heads))
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))

@@ -16,23 +16,29 @@ def levels_of(C):
     return [1 << n for n in range(C.bit_length() - 1)]
 
 
-def table_shapes(C, dtype, *, backward):
+def table_shapes(C, heads, dtype, *, backward):
     """Masks of all levels, of which the backward pass also needs one as bits; and there, which tokens are later."""
     levels, packing = len(levels_of(C)), 4 // jnp.dtype(dtype).itemsize
-    more = [pltpu.VMEM((levels, C // packing, C), jnp.int32), pltpu.VMEM((C, C), dtype)]
-    return [pltpu.VMEM((levels, C, C), F32)] + more * backward
+    more = [pltpu.VMEM((levels, C // packing, heads * C), jnp.int32), pltpu.VMEM((C, C), dtype)]
+    return [pltpu.VMEM((levels, C, heads * C), F32)] + more * backward
 
 
-def fill_tables(C, masks, bits=None, later=None):
+def places(C, heads):
+    """Token of each row and of each column of a column's pairs [C,heads*C]."""
+    row, col = (lax.broadcasted_iota(jnp.int32, (C, heads * C), d) for d in (0, 1))
+    return row, col % C
+
+
+def fill_tables(C, heads, masks, bits=None, later=None):
     """masks: which pairs meet at each level, those of a block of 2h tokens that are in different halves: [query, key],
     and with `bits`, [key, query]. bits: the same in both orders, as words that hold one or two rows. later [t,s]: whether
     s is after t."""
-    row, col = (lax.broadcasted_iota(jnp.int32, (C, C), d) for d in (0, 1))
+    row, col = places(C, heads)
     for i, h in enumerate(levels_of(C)):
         meet = (row ^ col) // h == 1
         masks[i] = (meet & (row > col if bits is None else row < col)).astype(F32)
     if bits is not None:
-        later[...] = (col > row).astype(F32).astype(later.dtype)
+        later[...] = (col > row).astype(F32).astype(later.dtype)[:, :C]
         first, last, ones = (row, row, (-1, -1)) if bits.shape[1] == C else (2 * row, 2 * row + 1, (0xFFFF, -0x10000))
         for i, h in enumerate(levels_of(C)):
             word = [jnp.where((r ^ col) // h == 1, one, 0) for r, one in zip((first, last), ones)]
@@ -40,7 +46,7 @@ def fill_tables(C, masks, bits=None, later=None):
 
 
 def kept(x, bits):
-    """x [C,C] where the bits are ones, else zero: half a masked product's work in bfloat16."""
+    """x [C,heads*C] where the bits are ones, else zero: half a masked product's work in bfloat16."""
     return pltpu.bitcast(pltpu.bitcast(x, jnp.int32) & bits, x.dtype)
 
 

@@ -2,7 +2,7 @@
 
 A query and a key meet as sum_c q_c k_c cos((t-s) theta_c), which is plain linear attention of twice the key channels:
 the features x cos(i theta) and x sin(i theta), i the place in the chunk. They are formed on chip from tables of C rows
-that are read once per row of blocks. The state [128, cos 128 | sin 128], value channels first, is held as the chunk's
+that are read once per row of blocks. The state [D, cos 128 | sin 128], value channels first, is held as the chunk's
 first token sees it, so that the same features serve for pairs inside the chunk and for the state; from chunk to chunk it
 turns by C theta. After the last chunk it is given back as that chunk's first token sees it: a turn to the chunk's end
 and back would leave in the gradient of theta the rounding of C times what cancels. Turning it to where callers want it is
@@ -23,15 +23,13 @@ from linscale.kernels.linear_attention.pallas_tpu_products import (
     LANES,
     NN,
     NT,
-    TN,
-    by_head,
+    across,
+    apart,
     dot,
-    only,
-    own_blocks,
     scale,
     times,
 )
-from linscale.kernels.linear_attention.pallas_tpu_scalar import DOCUMENT_ROWS, UNROLLED, Plan, call, weights
+from linscale.kernels.linear_attention.pallas_tpu_scalar import DOCUMENT_ROWS, UNROLLED, Plan, call, in_turn, weights
 
 
 def tables(plan, theta):
@@ -83,20 +81,6 @@ def along(x):
     return jnp.sum(x, axis=0, keepdims=True)
 
 
-def own(x, head, heads):
-    """Features with those of the column's other heads set to zero."""
-    return x if heads == 1 else both(*(only(p, head, heads) for p in parts(x)))
-
-
-def own_states(state, heads):
-    return state if heads == 1 else both(*(own_blocks(p, heads) for p in parts(state)))
-
-
-def of_head(each, heads):
-    """As by_head, for features."""
-    return each[0] if heads == 1 else both(*(by_head(list(p), heads) for p in zip(*map(parts, each))))
-
-
 def turn(state, cos, sin):
     """The state seen from an angle further on; with -sin, its gradient seen from where it was."""
     even, odd = parts(state)
@@ -116,7 +100,7 @@ def load_tables(table_ref, w, C):
 def forward(plan: Plan, q, k, v, theta, initial, docs, *, save: bool):
     """(out, the state after all tokens, the states before the blocks if `save`).
 
-    As pallas_tpu_scalar.forward, but states are [...,128,256], value channels first; theta [W*128] float32.
+    As pallas_tpu_scalar.forward, but states are [...,D,256], value channels first; theta [W*128] float32.
     """
     batch, padded, width = q.shape
     columns, dtype, C, heads = plan.columns, q.dtype, plan.chunk, plan.heads
@@ -141,19 +125,21 @@ def forward(plan: Plan, q, k, v, theta, initial, docs, *, save: bool):
 
         def chunk(c, _):
             rows = pl.ds(pl.multiple_of(c * C, C), C)
-            for w in range(columns):
+
+            def column(w):
                 at = (0, rows, pl.ds(w * LANES, LANES))
                 weight = weights(plan, None, None, docs_ref, t, c, w, 0)
                 here, chunk_on = load_tables(table_ref, w, C)
                 queries, keys, v = features(q_ref[at], *here), features(k_ref[at], *here), v_ref[at]
-                read = times(dot(queries, state[w].astype(dtype), NT), weight.q_in)
-                each = []
-                for g in range(heads):
-                    scores = dot(own(queries, g, heads), keys, NT) * weight.inside[g]
-                    each.append(dot(scores.astype(dtype), v, NN))
-                out_ref[at] = (read + by_head(each, heads)).astype(dtype)
-                added = own_states(dot(v, scale(keys, weight.k_out), TN), heads)
+                scores = (dot(queries, apart(keys, heads), NT) * weight.inside).astype(dtype)
+                yield
+                read = times(dot(queries, apart(state[w].astype(dtype), heads), NT), weight.q_in)
+                added = across(v, scale(keys, weight.k_out), heads)
+                yield
+                out_ref[at] = (read + dot(scores, apart(v, heads), NN)).astype(dtype)
                 state[w] = turn(times(state[w], through_documents(weight)) + added, *chunk_on)
+
+            in_turn(column, columns)
             return 0
 
         lax.fori_loop(0, plan.chunks, chunk, 0)
@@ -164,13 +150,13 @@ def forward(plan: Plan, q, k, v, theta, initial, docs, *, save: bool):
                 cos, sin = load_tables(table_ref, w, C)[1]
                 final_ref[0, w] = turn(state[w], cos, -sin)
 
-    one = (batch, width // LANES, LANES, 2 * LANES)
+    one = (batch, width // LANES, LANES // heads, 2 * LANES)
     inputs = [("tokens", q), ("tokens", k), ("tokens", v), ("table", tables(plan, theta))]
     inputs += [("state", initial)] if initial is not None else []
     inputs += [("docs", docs)] if docs is not None else []
     outputs = [("tokens", q.shape, dtype), ("state", one, F32)]
     outputs += [("states", (*one[:2], padded // plan.block, *one[2:]), F32)] * save
-    scratch = [pltpu.VMEM((columns, LANES, 2 * LANES), F32)]
+    scratch = [pltpu.VMEM((columns, *one[2:]), F32)]
     out, final, *saved = call(
         plan, columns, body, inputs, outputs, scratch, q, reverse=False, name="linear_attention_forward"
     )
@@ -178,7 +164,7 @@ def forward(plan: Plan, q, k, v, theta, initial, docs, *, save: bool):
 
 
 def backward(plan: Plan, q, k, v, theta, docs, saved, d_out, d_final, *, learn: bool):
-    """(dq, dk, dv, the state's gradient before the first token [B,W,128,256], d theta [W*128] if `learn`)."""
+    """(dq, dk, dv, the state's gradient before the first token [B,W,D,256], d theta [W*128] if `learn`)."""
     batch, _, width = q.shape
     columns, dtype, C, heads = plan.columns_backward, q.dtype, plan.chunk, plan.heads
 
@@ -210,37 +196,39 @@ def backward(plan: Plan, q, k, v, theta, docs, saved, d_out, d_final, *, learn: 
             return at, weights(plan, None, None, docs_ref, t, c, w, 0), *load_tables(table_ref, w, C)
 
         def onward(c, _):
-            for w in range(columns):
+            def column(w):
                 at, weight, here, chunk_on = load(c, w)
                 states[w, c] = state[w].astype(dtype)
-                keys = scale(features(k_ref[at], *here), weight.k_out)
-                added = own_states(dot(v_ref[at], keys, TN), heads)
+                added = across(v_ref[at], scale(features(k_ref[at], *here), weight.k_out), heads)
+                yield
                 state[w] = turn(times(state[w], through_documents(weight)) + added, *chunk_on)
+
+            in_turn(column, columns)
             return 0
 
         def back(i, _):
             c = plan.chunks - 1 - i
-            for w in range(columns):
+
+            def column(w):
                 at, weight, here, (cos, sin) = load(c, w)
                 turned = weights(plan, None, None, docs_ref, t, c, w, 0, turned=True)
                 q, k, v, d_out = (ref[at] for ref in (q_ref, k_ref, v_ref, d_out_ref))
                 queries, keys = features(q, *here), features(k, *here)
                 keys_out = scale(keys, weight.k_out)
-                after = turn(d_state[w], cos, -sin)
-                low = after.astype(dtype)
-                d_queries, d_keys, dvs = [], [], []
-                for g in range(heads):
-                    d_scores = (dot(only(d_out, g, heads), v, NT) * weight.inside[g]).astype(dtype)
-                    scores = dot(own(keys, g, heads), queries, NT) * turned.inside[g]  # [keys, queries]
-                    dvs.append(dot(scores.astype(dtype), d_out, NN))
-                    d_queries.append(dot(d_scores, keys, NN))
-                    d_keys.append(dot(d_scores, queries, TN))
-                d_queries = of_head(d_queries, heads) + times(dot(d_out, states[w, c], NN), weight.q_in)
+                after, d_outs = turn(d_state[w], cos, -sin), apart(d_out, heads)
+                low = apart(after.astype(dtype), heads)
+                d_scores = (dot(d_out, apart(v, heads), NT) * weight.inside).astype(dtype)  # [queries, keys]
+                scores = (dot(keys, apart(queries, heads), NT) * turned.inside).astype(dtype)  # [keys, queries]
+                d_queries_in = times(dot(d_out, apart(states[w, c], heads), NN), weight.q_in)
+                yield
                 d_keys_out = dot(v, low, NN)
-                d_keys = of_head(d_keys, heads) + times(d_keys_out, weight.k_out)
+                dv_out = dot(keys_out, low, NT)
+                added = across(d_out, scale(queries, weight.q_in), heads)
+                d_queries = dot(d_scores, apart(keys, heads), NN) + d_queries_in
                 dq_ref[at] = folded(d_queries, *here).astype(dtype)
+                dv_ref[at] = (dot(scores, d_outs, NN) + dv_out).astype(dtype)
+                d_keys = across(d_scores, queries, heads) + times(d_keys_out, weight.k_out)
                 dk_ref[at] = folded(d_keys, *here).astype(dtype)
-                dv_ref[at] = (by_head(dvs, heads) + dot(keys_out, low, NT)).astype(dtype)
                 if learn:
                     # The turn: states before the chunk and keys of the chunk, as its first token sees them.
                     carried = times(along(turning(states[w, c], after)), weight.through)
@@ -249,9 +237,9 @@ def backward(plan: Plan, q, k, v, theta, docs, saved, d_out, d_final, *, learn: 
                     learned = along(place * (turning(queries, d_queries) + turning(keys, d_keys)))
                     turned_by = jnp.where((step == 0) & (i == 0), 0.0, float(C))  # not after the last chunk
                     d_theta_ref[0, w, :1] += learned - turned_by * carried
-                d_state[w] = times(after, through_documents(weight)) + own_states(
-                    dot(d_out, scale(queries, weight.q_in), TN), heads
-                )
+                d_state[w] = times(after, through_documents(weight)) + added
+
+            in_turn(column, columns)
             return 0
 
         lax.fori_loop(0, plan.chunks, onward, 0, unroll=plan.chunks <= UNROLLED)
@@ -261,14 +249,14 @@ def backward(plan: Plan, q, k, v, theta, docs, saved, d_out, d_final, *, learn: 
         def _():
             d_initial_ref[0] = d_state[...]
 
-    one = (batch, width // LANES, LANES, 2 * LANES)
+    one = (batch, width // LANES, LANES // heads, 2 * LANES)
     inputs = [("tokens", x) for x in (q, k, v, d_out)] + [("states", saved), ("table", tables(plan, theta))]
     inputs += [("state", d_final)] if d_final is not None else []
     inputs += [("docs", docs)] if docs is not None else []
     outputs = [("tokens", q.shape, dtype)] * 3 + [("state", one, F32)]
     outputs += [("rows", (*one[:2], DOCUMENT_ROWS, LANES), F32)] * learn
-    small = pltpu.VMEM((columns, LANES, 2 * LANES), F32)
-    scratch = [small, small, pltpu.VMEM((columns, plan.chunks, LANES, 2 * LANES), dtype)]
+    small = pltpu.VMEM((columns, *one[2:]), F32)
+    scratch = [small, small, pltpu.VMEM((columns, plan.chunks, *one[2:]), dtype)]
     dq, dk, dv, d_initial, *d_theta = call(
         plan, columns, body, inputs, outputs, scratch, q, reverse=True, name="linear_attention_backward"
     )

@@ -8,6 +8,7 @@ import operator
 
 import jax.numpy as jnp
 from jax import lax
+from jax.experimental.pallas import tpu as pltpu
 
 F32 = jnp.float32
 LANES = 128
@@ -42,28 +43,37 @@ def parts_of(x, dtype, exact):
     return [high, (x - high.astype(F32)).astype(dtype)] if exact and dtype != F32 else [high]
 
 
-def lane_heads(shape, dimension, heads):
-    """Which head of a column a lane (or row of the state) belongs to."""
-    return lax.broadcasted_iota(jnp.int32, shape, dimension) // (LANES // heads)
+def lane_heads(shape, heads):
+    """Which head of a column a lane belongs to."""
+    return lax.broadcasted_iota(jnp.int32, shape, 1) % LANES // (LANES // heads)
 
 
 def only(x, head, heads):
-    """x [C,128] with the lanes of the column's other heads set to zero."""
-    if heads == 1:
-        return x
-    kept = (lane_heads((1, LANES), 1, heads) == head).astype(F32)
-    return (x.astype(F32) * kept).astype(x.dtype)
+    """x with the lanes of the column's other heads set to zero; by bits, which packed values need not be widened for."""
+    bits = jnp.where(lane_heads((1, x.shape[1]), heads) == head, -1, 0)
+    return pltpu.bitcast(pltpu.bitcast(x, jnp.int32) & bits, x.dtype)
 
 
-def own_blocks(state, heads):
-    """[128,128]: keeps what a head's keys and the same head's values make."""
+def apart(x, heads):
+    """[C,lanes] -> [heads * C,lanes]: the column's heads below one another, each in its own lanes, zero elsewhere.
+
+    One product with it is what every head's own would be, side by side: blocks of a diagonal fill the matrix unit.
+    """
+    return x if heads == 1 else jnp.concatenate([only(x, g, heads) for g in range(heads)])
+
+
+def across(x, y, heads):
+    """Sum over the rows of x [C,heads * n] and y [C,lanes], head by head: [n,lanes], each head in its lanes of y."""
     if heads == 1:
-        return state
-    return jnp.where(lane_heads(state.shape, 0, heads) == lane_heads(state.shape, 1, heads), state, 0.0)
+        return dot(x, y, TN)
+    if x.shape[1] == heads * LANES:
+        turned = jnp.concatenate(jnp.split(x, heads, axis=1)).T
+    else:
+        below = [pltpu.bitcast(half, jnp.int32) for half in jnp.split(apart(x, heads).T, heads)]
+        turned = pltpu.bitcast(functools.reduce(operator.or_, below), x.dtype)
+    return dot(turned, apart(y, heads), NN)
 
 
 def by_head(parts, heads):
-    """One [C,128] from one per head, each right in that head's lanes only."""
-    if heads == 1:
-        return parts[0]
-    return jnp.where(lane_heads(parts[0].shape, 1, heads) == 0, *parts)
+    """One array from one per head, each right in that head's lanes only."""
+    return parts[0] if heads == 1 else jnp.where(lane_heads(parts[0].shape, heads) == 0, *parts)

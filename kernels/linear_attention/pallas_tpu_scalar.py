@@ -12,6 +12,9 @@ walk with (dout, v, k) in place of (q, k, v) and the state transposed), and a se
 Letters: B batch, T tokens, W columns of 128 lanes, N blocks of a row, C tokens of a chunk.
 """
 
+import functools
+import itertools
+import operator
 from typing import NamedTuple
 
 import jax
@@ -25,13 +28,11 @@ from linscale.kernels.linear_attention.pallas_tpu_products import (
     LANES,
     NN,
     NT,
-    TN,
+    across,
+    apart,
     by_head,
     dot,
     dots,
-    lane_heads,
-    only,
-    own_blocks,
     parts_of,
     times,
 )
@@ -62,7 +63,7 @@ class Plan(NamedTuple):
 class Weights(NamedTuple):
     """What a chunk's decay and documents multiply; None stands for one."""
 
-    inside: list  # per head of the column [C,C]: a query's weight for each key
+    inside: jax.Array  # [C,heads*C]: a query's weight for each key, head by head
     q_in: jax.Array | None  # [C,128] or [C,1]: what a query still reads of the state before the chunk
     k_out: jax.Array | None  # [C,128] or [C,1]: what is left of a key at the chunk's end
     through: jax.Array | None  # [1,128]: what is left of the state at the chunk's end
@@ -72,28 +73,35 @@ def rates(rate_ref, column, heads):
     """The column's log decays: per head as scalars, and per lane [1,128]."""
     each = [rate_ref[column * heads + g] for g in range(heads)]
     lanes = jnp.full((1, LANES), each[0])
-    return each, lanes if heads == 1 else jnp.where(lane_heads((1, LANES), 1, heads) == 0, lanes, each[1])
+    return each, lanes if heads == 1 else by_head([lanes, jnp.full((1, LANES), each[1])], heads)
+
+
+def ages_of(C, heads):
+    """Tokens from key to query, [C,heads*C]: [query, keys of each head]."""
+    row, col = (lax.broadcasted_iota(jnp.int32, (C, heads * C), d) for d in (0, 1))
+    return row - col % C
 
 
 def fill_tables(plan, tables, rate_ref, first_column, columns, transposed):
     """Weights that do not change along a row, once per row: they cost one exponential an element."""
-    C = plan.chunk
-    ages = lax.broadcasted_iota(jnp.int32, (C, C), 0) - lax.broadcasted_iota(jnp.int32, (C, C), 1)
+    C, heads = plan.chunk, plan.heads
+    ages = ages_of(C, heads)
     place = lax.broadcasted_iota(jnp.int32, (C, LANES), 0).astype(F32)
     for w in range(columns):
-        each, lanes = rates(rate_ref, first_column + w, plan.heads)
-        for g, rate in enumerate(each):
-            i = w * plan.heads + g
-            decay = lambda ages: jnp.where(ages >= 0, jnp.exp(rate * jnp.maximum(ages, 0).astype(F32)), 0.0)  # noqa: B023, E731
-            tables.inside[i] = decay(ages)
-            if transposed:
-                tables.turned[i] = decay(-ages)
+        each, lanes = rates(rate_ref, first_column + w, heads)
+        wide = jnp.full(ages.shape, each[0])
+        if heads == 2:
+            wide = jnp.where(lax.broadcasted_iota(jnp.int32, ages.shape, 1) < C, wide, each[1])
+        decay = lambda ages: jnp.where(ages >= 0, jnp.exp(wide * jnp.maximum(ages, 0).astype(F32)), 0.0)  # noqa: B023, E731
+        tables.inside[w] = decay(ages)
+        if transposed:
+            tables.turned[w] = decay(-ages)
         tables.q_in[w] = jnp.exp(lanes * (place + 1.0))
         tables.k_out[w] = jnp.exp(lanes * (C - 1.0 - place))
 
 
 class Tables(NamedTuple):
-    inside: object  # [columns * heads, C, C]
+    inside: object  # [columns, C, heads * C]
     q_in: object  # [columns, C, 128]
     k_out: object
     turned: object = None  # inside, transposed
@@ -103,7 +111,7 @@ def table_shapes(plan, columns, transposed):
     C = plan.chunk
     if not plan.decay:
         return []
-    square, tall = pltpu.VMEM((columns * plan.heads, C, C), F32), pltpu.VMEM((columns, C, LANES), F32)
+    square, tall = pltpu.VMEM((columns, C, plan.heads * C), F32), pltpu.VMEM((columns, C, LANES), F32)
     return [square, tall, tall] + [square] * transposed
 
 
@@ -111,8 +119,7 @@ def weights(plan, tables, rate_ref, docs_ref, t, c, column, first_column, turned
     """The Weights of chunk c of block t; `turned` gives the transposed inside."""
     C, heads = plan.chunk, plan.heads
     if plan.decay:
-        table = tables.turned if turned else tables.inside
-        inside = [table[column * heads + g] for g in range(heads)]
+        inside = (tables.turned if turned else tables.inside)[column]
         q_in, k_out = tables.q_in[column], tables.k_out[column]
         through = tables.q_in[column, C - 1 : C]
         if plan.tokens % C:  # padded tokens at the end do not decay the state
@@ -122,14 +129,13 @@ def weights(plan, tables, rate_ref, docs_ref, t, c, column, first_column, turned
             k_out = jnp.exp(lanes * jnp.maximum(length - 1 - place, 0).astype(F32))
             through = jnp.exp(lanes * length.astype(F32))
     else:
-        rows, cols = (lax.broadcasted_iota(jnp.int32, (C, C), d) for d in (0, 1))
-        inside = [(cols >= rows if turned else rows >= cols).astype(F32)] * heads
+        ages = ages_of(C, heads)
+        inside = (ages <= 0 if turned else ages >= 0).astype(F32)
         q_in = k_out = through = None
     if docs_ref is not None:
-        docs = docs_ref[0, c]  # [8,C]
-        columns = docs.T
-        same = (columns[:, :1] == docs[:1]).astype(F32)
-        inside = [x * same for x in inside]
+        docs = docs_ref[0, c]  # [8,heads*C]
+        columns = docs.T[:C]
+        inside = inside * (columns[:, :1] == docs[:1]).astype(F32)
         q_in, k_out = times(q_in, columns[:, 1:2]), times(k_out, columns[:, 2:3])
         through = times(through, jnp.broadcast_to(docs[3:4, :1], (1, LANES)))
     return Weights(inside, q_in, k_out, through)
@@ -137,17 +143,20 @@ def weights(plan, tables, rate_ref, docs_ref, t, c, column, first_column, turned
 
 def added_to_state(x, weight, y, heads, exact):
     """Keys and values of a chunk, or queries and what their outputs' gradient is; a learned rate needs it exact."""
-    return own_blocks(dots(parts_of(times(x, weight), x.dtype, exact), [y], TN), heads)
+    parts = parts_of(times(x, weight), x.dtype, exact)
+    return functools.reduce(operator.add, [across(part, y, heads) for part in parts])
 
 
-def walk(q, k, v, state, w, heads, exact):
-    """One chunk: (what queries read [C,128], the state after)."""
-    before = times(dot(q, state.astype(q.dtype), NN), w.q_in)
-    parts = []
-    for g in range(heads):
-        scores = dot(only(q, g, heads), k, NT) * w.inside[g]
-        parts.append(dot(scores.astype(v.dtype), v, NN))
-    return before + by_head(parts, heads), times(state, w.through) + added_to_state(k, w.k_out, v, heads, exact)
+def in_turn(column, columns, together=None):
+    """Runs a generator for each column, one step of each of those `together` (all of them unless said) at a time.
+
+    The compiler keeps matrix products near the program's order. A column's wait for one another, so those of other columns are
+    put between them; where the vector units are the busy ones, as many registers as that takes cost more than it gives.
+    """
+    together = together or columns
+    for first in range(0, columns, together):
+        for _ in itertools.zip_longest(*map(column, range(first, min(first + together, columns)))):
+            pass
 
 
 def _specs(plan, columns, blocks, state, reverse=False):
@@ -155,7 +164,9 @@ def _specs(plan, columns, blocks, state, reverse=False):
     at = (lambda n: blocks - 1 - n) if reverse else (lambda n: n)
     return {
         "tokens": pl.BlockSpec((1, plan.block, columns * LANES), lambda b, w, n: (b, at(n), w)),
-        "docs": pl.BlockSpec((1, plan.chunks, DOCUMENT_ROWS, plan.chunk), lambda b, w, n: (b, at(n), 0, 0)),
+        "docs": pl.BlockSpec(
+            (1, plan.chunks, DOCUMENT_ROWS, plan.heads * plan.chunk), lambda b, w, n: (b, at(n), 0, 0)
+        ),
         "state": pl.BlockSpec((1, columns, *state), lambda b, w, n: (b, w, 0, 0)),
         "states": pl.BlockSpec((1, columns, 1, *state), lambda b, w, n: (b, w, at(n), 0, 0)),
         "rate": pl.BlockSpec(memory_space=pltpu.SMEM),
@@ -193,13 +204,13 @@ def _shape(shape, dtype, like):
 
 
 def forward(plan: Plan, q, k, v, rate, initial, docs, *, save: bool, exact: bool = False):
-    """(out [B,T,W*128], the last state [B,W,128,128], the state before each block [B,W,N,128,128] if `save`).
+    """(out [B,T,W*128], the last state [B,W,D,128], the state before each block [B,W,N,D,128] if `save`).
 
-    q, k, v [B,T,W*128], T in whole blocks; rate [heads] float32 or None; initial [B,W,128,128] float32 or None;
-    docs [B,T/C,8,C] float32 or None. The states before the blocks are transposed: value channels first.
+    q, k, v [B,T,W*128], T in whole blocks; rate [heads] float32 or None; initial [B,W,D,128] float32 or None;
+    docs [B,T/C,8,heads*C] float32 or None. States are [key channels, value channels of each head].
     """
     batch, padded, width = q.shape
-    columns, dtype = plan.columns, q.dtype
+    columns, dtype, heads = plan.columns, q.dtype, plan.heads
 
     def body(*refs):
         refs = list(refs)
@@ -226,12 +237,20 @@ def forward(plan: Plan, q, k, v, rate, initial, docs, *, save: bool, exact: bool
 
         def chunk(c, _):
             rows = pl.ds(pl.multiple_of(c * plan.chunk, plan.chunk), plan.chunk)
-            for w in range(columns):
-                cols = pl.ds(w * LANES, LANES)
+
+            def column(w):
+                at = (0, rows, pl.ds(w * LANES, LANES))
                 weight = weights(plan, tables, rate_ref, docs_ref, t, c, w, first)
-                x = (ref[0, rows, cols] for ref in (q_ref, k_ref, v_ref))
-                out, state[w] = walk(*x, state[w], weight, plan.heads, exact)
-                out_ref[0, rows, cols] = out.astype(dtype)
+                q, k, v = (ref[at] for ref in (q_ref, k_ref, v_ref))
+                scores = (dot(q, apart(k, heads), NT) * weight.inside).astype(dtype)
+                yield
+                read = times(dot(q, apart(state[w].astype(dtype), heads), NN), weight.q_in)
+                added = added_to_state(k, weight.k_out, v, heads, exact)
+                yield
+                out_ref[at] = (read + dot(scores, apart(v, heads), NN)).astype(dtype)
+                state[w] = times(state[w], weight.through) + added
+
+            in_turn(column, columns)
             return 0
 
         lax.fori_loop(0, plan.chunks, chunk, 0)
@@ -240,14 +259,14 @@ def forward(plan: Plan, q, k, v, rate, initial, docs, *, save: bool, exact: bool
         def _():
             final_ref[0] = state[...]
 
-    one = (batch, width // LANES, LANES, LANES)
+    one = (batch, width // LANES, LANES // plan.heads, LANES)
     inputs = [("tokens", q), ("tokens", k), ("tokens", v)]
     inputs += [("rate", rate)] * plan.decay
     inputs += [("state", initial)] if initial is not None else []
     inputs += [("docs", docs)] if docs is not None else []
     outputs = [("tokens", q.shape, dtype), ("state", one, F32)]
-    outputs += [("states", (*one[:2], padded // plan.block, LANES, LANES), F32)] * save
-    scratch = [pltpu.VMEM((columns, LANES, LANES), F32), *table_shapes(plan, columns, False)]
+    outputs += [("states", (*one[:2], padded // plan.block, *one[2:]), F32)] * save
+    scratch = [pltpu.VMEM((columns, *one[2:]), F32), *table_shapes(plan, columns, False)]
     out, final, *saved = call(
         plan, columns, body, inputs, outputs, scratch, q, reverse=False, name="linear_attention_forward"
     )
@@ -255,9 +274,9 @@ def forward(plan: Plan, q, k, v, rate, initial, docs, *, save: bool, exact: bool
 
 
 def backward(plan: Plan, q, k, v, rate, docs, saved, d_out, d_final, *, learn: bool):
-    """(dq, dk, dv, the state's gradient before the first token [B,W,128,128], d rate [heads] if `learn`).
+    """(dq, dk, dv, the state's gradient before the first token [B,W,D,128], d rate [heads] if `learn`).
 
-    saved: as `forward` left them. d_final [B,W,128,128] float32 or None.
+    saved: as `forward` left them. d_final [B,W,D,128] float32 or None.
     """
     batch, _, width = q.shape
     columns, dtype, C, heads = plan.columns_backward, q.dtype, plan.chunk, plan.heads
@@ -293,59 +312,58 @@ def backward(plan: Plan, q, k, v, rate, docs, saved, d_out, d_final, *, learn: b
         state[...] = saved_ref[0, :, 0]
 
         def onward(c, _):
-            for w in range(columns):
+            def column(w):
                 k, v = (ref[0, place(c), pl.ds(w * LANES, LANES)] for ref in (k_ref, v_ref))
                 weight = weights(plan, tables, rate_ref, docs_ref, t, c, w, first)
                 states[w, c] = state[w].astype(states.dtype)
-                state[w] = times(state[w], weight.through) + added_to_state(k, weight.k_out, v, heads, learn)
+                added = added_to_state(k, weight.k_out, v, heads, learn)
+                yield
+                state[w] = times(state[w], weight.through) + added
+
+            in_turn(column, columns)
             return 0
 
         def learned(w, per_lane):
-            """Adds [rows,128] to the gradient of the log decay of each lane's head."""
+            """Adds [rows,heads*n] to the gradient of the log decay of each head."""
             total = jnp.sum(per_lane, axis=0, keepdims=True)
+            width = total.shape[1]
+            head = lax.broadcasted_iota(jnp.int32, total.shape, 1) // (width // heads)
             for g in range(heads):
-                mine = total if heads == 1 else jnp.where(lane_heads(total.shape, 1, heads) == g, total, 0.0)
-                d_rate_ref[0, w, g : g + 1] += mine
-
-        def learned_from_pairs(w, g, products):
-            ages = lax.broadcasted_iota(jnp.int32, (C, C), 0) - lax.broadcasted_iota(jnp.int32, (C, C), 1)
-            term = jnp.sum(ages.astype(F32) * products, axis=0, keepdims=True)
-            for lane in range(0, C, LANES):
-                d_rate_ref[0, w, g : g + 1] += term[:, lane : lane + LANES]
+                for lane in range(0, width, LANES):
+                    mine = slice(lane, lane + LANES)
+                    d_rate_ref[0, w, g : g + 1] += jnp.where(head == g, total, 0.0)[:, mine]
 
         def back(i, _):
             c = plan.chunks - 1 - i
             rows = place(c)
-            for w in range(columns):
-                cols = pl.ds(w * LANES, LANES)
+
+            def column(w):
+                at = (0, rows, pl.ds(w * LANES, LANES))
                 weight = weights(plan, tables, rate_ref, docs_ref, t, c, w, first)
                 turned = weights(plan, tables, rate_ref, docs_ref, t, c, w, first, turned=True)
-                q, k, v, d_out = (ref[0, rows, cols] for ref in (q_ref, k_ref, v_ref, d_out_ref))
-                after = d_state[w]
-                lows, before = parts_of(after, dtype, learn), parts_of(states[w, c], dtype, learn)
-                dqs, dks, dvs = [], [], []
-                for g in range(heads):
-                    d_scores = dot(only(d_out, g, heads), v, NT) * weight.inside[g]  # [queries, keys]
-                    d_low = d_scores.astype(dtype)
-                    if learn:
-                        learned_from_pairs(w, g, d_scores * dot(only(q, g, heads), k, NT))
-                    scores = dot(only(k, g, heads), q, NT) * turned.inside[g]  # [keys, queries]
-                    dvs.append(dot(scores.astype(dtype), d_out, NN))
-                    dqs.append(dot(d_low, k, NN))
-                    dks.append(dot(d_low, q, TN))
+                q, k, v, d_out = (ref[at] for ref in (q_ref, k_ref, v_ref, d_out_ref))
+                after, keys, d_outs = d_state[w], apart(k, heads), apart(d_out, heads)
+                lows, before = ([apart(x, heads) for x in parts_of(s, dtype, learn)] for s in (after, states[w, c]))
+                d_scores = dot(d_out, apart(v, heads), NT) * weight.inside  # [queries, keys]
+                d_low = d_scores.astype(dtype)
+                scores = (dot(k, apart(q, heads), NT) * turned.inside).astype(dtype)  # [keys, queries]
                 dq_in = times(dots([d_out], before, NT), weight.q_in)
+                yield
                 dk_out = times(dots([v], lows, NT), weight.k_out)
                 dv_out = times(dot(k, lows[0], NN), weight.k_out)
-                dq_ref[0, rows, cols] = (by_head(dqs, heads) + dq_in).astype(dtype)
-                dk_ref[0, rows, cols] = (by_head(dks, heads) + dk_out).astype(dtype)
-                dv_ref[0, rows, cols] = (by_head(dvs, heads) + dv_out).astype(dtype)
                 d_state[w] = times(after, weight.through) + added_to_state(q, weight.q_in, d_out, heads, learn)
+                dq_ref[at] = (dot(d_low, keys, NN) + dq_in).astype(dtype)
+                dv_ref[at] = (dot(scores, d_outs, NN) + dv_out).astype(dtype)
+                dk_ref[at] = (across(d_low, q, heads) + dk_out).astype(dtype)  # last: it waits for a transposition
                 if learn:
                     length = jnp.clip(plan.tokens - t * plan.block - c * C, 0, C).astype(F32)
                     each = lax.broadcasted_iota(jnp.int32, (C, LANES), 0).astype(F32)
+                    learned(w, ages_of(C, heads).astype(F32) * d_scores * dot(q, keys, NT))
                     learned(w, (each + 1.0) * dq_in * q.astype(F32))
                     learned(w, (length - 1.0 - each) * dk_out * k.astype(F32))
                     learned(w, length * weight.through * states[w, c] * after)
+
+            in_turn(column, columns)
             return 0
 
         lax.fori_loop(0, plan.chunks, onward, 0, unroll=plan.chunks <= UNROLLED)
@@ -355,15 +373,15 @@ def backward(plan: Plan, q, k, v, rate, docs, saved, d_out, d_final, *, learn: b
         def _():
             d_initial_ref[0] = d_state[...]
 
-    one = (batch, width // LANES, LANES, LANES)
+    one = (batch, width // LANES, LANES // plan.heads, LANES)
     inputs = [("tokens", x) for x in (q, k, v, d_out)] + [("states", saved)]
     inputs += [("rate", rate)] * plan.decay
     inputs += [("state", d_final)] if d_final is not None else []
     inputs += [("docs", docs)] if docs is not None else []
     outputs = [("tokens", q.shape, dtype)] * 3 + [("state", one, F32)]
     outputs += [("rows", (*one[:2], DOCUMENT_ROWS, LANES), F32)] * learn
-    small = pltpu.VMEM((columns, LANES, LANES), F32)
-    scratch = [small, small, pltpu.VMEM((columns, plan.chunks, LANES, LANES), F32 if learn else dtype)]
+    small = pltpu.VMEM((columns, *one[2:]), F32)
+    scratch = [small, small, pltpu.VMEM((columns, plan.chunks, *one[2:]), F32 if learn else dtype)]
     scratch += table_shapes(plan, columns, True)
     dq, dk, dv, d_initial, *d_rate = call(
         plan, columns, body, inputs, outputs, scratch, q, reverse=True, name="linear_attention_backward"

@@ -3,7 +3,8 @@
 chunk: tokens of a masked product; 256 fills the 256 x 256 matrix units from v6e on. block: tokens that one grid step
 reads; the forward pass leaves one state per block for the backward pass. columns: how many 128-lane columns one grid
 step works on, forward and backward: more give the scheduler more independent work, and cost on-chip memory and time to
-compile. With two heads a column and vector decay, and in float32, half as many do.
+compile; float32 takes half as many. pair: the chunk where a column holds two heads, whose scores lie side by side; where
+that leaves pairs of tokens more lanes than one head's have, half as many columns are taken.
 """
 
 from typing import NamedTuple
@@ -16,28 +17,29 @@ class Tiles(NamedTuple):
     block: int
     forward: int
     backward: int
+    pair: int
 
 
 SCALAR = {
-    "v4": Tiles(128, 512, 8, 4),
-    "v5e": Tiles(128, 512, 8, 8),
-    "v5p": Tiles(128, 512, 8, 8),
-    "v6e": Tiles(256, 512, 8, 8),
-    "tpu7x": Tiles(256, 512, 8, 8),
+    "v4": Tiles(128, 512, 8, 4, 64),
+    "v5e": Tiles(128, 512, 8, 8, 64),
+    "v5p": Tiles(128, 512, 8, 8, 64),
+    "v6e": Tiles(256, 512, 8, 8, 128),
+    "tpu7x": Tiles(256, 512, 8, 8, 128),
 }
 VECTOR = {
-    "v4": Tiles(128, 512, 4, 2),
-    "v5e": Tiles(128, 512, 4, 4),
-    "v5p": Tiles(128, 512, 4, 4),
-    "v6e": Tiles(128, 512, 8, 4),
-    "tpu7x": Tiles(128, 512, 8, 4),
+    "v4": Tiles(128, 512, 4, 2, 64),
+    "v5e": Tiles(128, 512, 4, 4, 64),
+    "v5p": Tiles(128, 512, 4, 4, 64),
+    "v6e": Tiles(128, 512, 8, 4, 128),
+    "tpu7x": Tiles(128, 512, 8, 4, 128),
 }
 PHASE = {
-    "v4": Tiles(128, 512, 4, 2),
-    "v5e": Tiles(128, 512, 4, 2),
-    "v5p": Tiles(128, 512, 4, 2),
-    "v6e": Tiles(256, 512, 4, 2),
-    "tpu7x": Tiles(256, 512, 4, 2),
+    "v4": Tiles(128, 512, 4, 2, 64),
+    "v5e": Tiles(128, 512, 4, 2, 64),
+    "v5p": Tiles(128, 512, 4, 2, 64),
+    "v6e": Tiles(256, 512, 4, 2, 128),
+    "tpu7x": Tiles(256, 512, 4, 2, 128),
 }
 
 

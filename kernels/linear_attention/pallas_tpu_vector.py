@@ -31,6 +31,7 @@ from linscale.kernels.linear_attention.pallas_tpu_levels import (
     kept,
     levels_of,
     onward_sums,
+    places,
     table_shapes,
     upper_rows,
 )
@@ -39,15 +40,15 @@ from linscale.kernels.linear_attention.pallas_tpu_products import (
     LANES,
     NN,
     NT,
-    TN,
+    across,
+    apart,
     by_head,
     dot,
     dots,
     only,
-    own_blocks,
     parts_of,
 )
-from linscale.kernels.linear_attention.pallas_tpu_scalar import UNROLLED, Plan, call
+from linscale.kernels.linear_attention.pallas_tpu_scalar import UNROLLED, Plan, call, in_turn
 
 FORGET = -16384.0  # log of a gate of zero; a power of two, exact in bfloat16
 STARTS = 4  # row of the documents' array: 1 where a document begins
@@ -85,20 +86,21 @@ def head_sums(x, heads):
 def walk(q, k, v, a, state, masks, heads):
     """One chunk: (what queries read [C,128] float32, the state after). q, k, a float32; v in its own dtype."""
     dtype, C, levels = v.dtype, q.shape[0], gate_products(a)
-    scores = [jnp.zeros((C, C), F32)] * heads
+    scores = jnp.zeros((C, heads * C), F32)
     for mask, (h, weight) in zip(range(len(levels_of(C))), levels):
         both = weighted(q, k, weight, h, dtype)
-        for g in range(heads):
-            if h < TILE:
-                scores[g] = scores[g] + dot(only(both, g, heads), both, NT) * masks[mask]
-            else:
-                queries = only(packed_halves(both, q * weight, h)[1], g, heads)
-                scores[g] = add_to_half(scores[g], 1, dot(queries, both, NT) * halves(masks[mask], h)[1], h)
+        if h < TILE:
+            scores = scores + dot(both, apart(both, heads), NT) * masks[mask]
+        else:
+            queries = packed_halves(both, q * weight, h)[1]
+            met = dot(queries, apart(both, heads), NT) * halves(masks[mask], h)[1]
+            scores = add_to_half(scores, 1, met, h)
+        yield
     _, ((to_all, after_all), total) = next(levels)
-    out = dot(times(q, to_all, dtype), state.astype(dtype), NT)
-    out = out + by_head([dot(s.astype(dtype), v, NN) for s in scores], heads)
+    out = dot(times(q, to_all, dtype), apart(state.astype(dtype), heads), NT)
+    out = out + dot(scores.astype(dtype), apart(v, heads), NN)
     out = out + head_sums(q * k, heads) * v.astype(F32)
-    return out, state * total + own_blocks(dot(v, times(k, after_all, dtype), TN), heads)
+    return out, state * total + across(v, times(k, after_all, dtype), heads)
 
 
 def packed_halves(both, exact, h):
@@ -131,36 +133,36 @@ def gathered(met):
 
 
 def walk_back(q, k, v, d_out, a, state, d_after, masks, bits, heads):
-    """One chunk, backwards: (dq, dk, dv, d log gate, the gradient of the state before), float32 [C,128] and [128,128].
+    """One chunk, backwards: (dq, dk, dv, d log gate, the gradient of the state before), float32 [C,128] and [D,128].
 
     state: before the chunk, in the dtype of v; d_after: gradient of the state after the chunk, float32.
     """
     dtype, C, levels = v.dtype, q.shape[0], gate_products(a)
-    row, col = (lax.broadcasted_iota(jnp.int32, (C, C), d) for d in (0, 1))
-    d_pairs = []  # gradient of the score of each pair, at [query, key] and, with a minus, at [key, query]
-    for g in range(heads):
-        below, above = dot(only(d_out, g, heads), v, NT), dot(only(v, g, heads), d_out, NT)
-        d_pairs.append(jnp.where(row > col, below, -above).astype(dtype))
-    scores = [jnp.zeros((C, C), F32)] * heads  # [keys, queries]
+    row, col = places(C, heads)
+    d_outs = apart(d_out, heads)
+    below, above = dot(d_out, apart(v, heads), NT), dot(v, d_outs, NT)
+    # Gradient of the score of each pair, at [query, key] and, with a minus, at [key, query].
+    d_pairs = jnp.where(row > col, below, -above).astype(dtype)
+    scores = jnp.zeros((C, heads * C), F32)  # [keys, queries]
 
     # The order of products is for schedules: one of the state's here, and scores before gradients, each save 4 % on v6e.
-    dq_in = dot(d_out, state, NN)
+    dq_in = dot(d_out, apart(state, heads), NN)
     met = []  # level by level: (h, weight, both, its gradient)
     for mask, (h, weight) in zip(range(len(levels_of(C))), levels):
         both = weighted(q, k, weight, h, dtype)
-        for g in range(heads):
-            if h < TILE:
-                scores[g] = scores[g] + dot(only(both, g, heads), both, NT) * masks[mask]
-            else:
-                keys = only(packed_halves(both, k * weight, h)[0], g, heads)
-                scores[g] = add_to_half(scores[g], 0, dot(keys, both, NT) * halves(masks[mask], h)[0], h)
-        d_both = by_head([dot(kept(d, bits[mask]), both, NN) for d in d_pairs], heads)  # minus d keys
-        met.append((h, weight, both, d_both))
+        each = apart(both, heads)
+        if h < TILE:
+            scores = scores + dot(both, each, NT) * masks[mask]
+        else:
+            keys = packed_halves(both, k * weight, h)[0]
+            scores = add_to_half(scores, 0, dot(keys, each, NT) * halves(masks[mask], h)[0], h)
+        met.append((h, weight, both, dot(kept(d_pairs, bits[mask]), each, NN)))  # minus d keys
+        yield
     dq, minus_dk, net = gathered(met)
 
     # Between the chunk and the state.
     _, ((to_all, after_all), total) = next(levels)
-    low = d_after.astype(dtype)
+    low = apart(d_after.astype(dtype), heads)
     queries, keys = times(q, to_all, dtype), times(k, after_all, dtype)
     dk_out = dot(v, low, NN)
     dv = dot(keys, low, NT)
@@ -169,24 +171,24 @@ def walk_back(q, k, v, d_out, a, state, d_after, masks, bits, heads):
     net = net + queries.astype(F32) * dq_in - of_keys
     base = jnp.sum(of_keys, axis=0, keepdims=True)
     base = base + total * jnp.sum(state.astype(F32) * d_after, axis=0, keepdims=True)
-    d_before = d_after * total + own_blocks(dot(d_out, queries, TN), heads)
+    d_before = d_after * total + across(d_out, queries, heads)
 
     # A token with itself.
     d_same = head_sums(d_out.astype(F32) * v.astype(F32), heads)
     dq, dk = dq + d_same * k, d_same * q - minus_dk
-    dv = dv + by_head([dot(s.astype(dtype), d_out, NN) for s in scores], heads)
+    dv = dv + dot(scores.astype(dtype), d_outs, NN)
     dv = dv + head_sums(q * k, heads) * d_out.astype(F32)
     return dq, dk, dv, onward_sums(net, base), d_before
 
 
-def _starts(docs_ref, c):
-    return None if docs_ref is None else docs_ref[0, c].T[:, STARTS : STARTS + 1]
+def _starts(docs_ref, c, C):
+    return None if docs_ref is None else docs_ref[0, c].T[:C, STARTS : STARTS + 1]
 
 
 def forward(plan: Plan, q, k, v, log_decay, initial, docs, *, save: bool):
     """As pallas_tpu_scalar.forward, with log_decay [B,T,W*128] and k None where it is tied to it.
 
-    The states before the blocks are transposed; initial and final states are not.
+    States are [value channels, key channels of each head].
     """
     batch, padded, width = q.shape
     columns, dtype, C, heads = plan.columns, q.dtype, plan.chunk, plan.heads
@@ -205,38 +207,39 @@ def forward(plan: Plan, q, k, v, log_decay, initial, docs, *, save: bool):
 
         @pl.when(t == 0)
         def _():
-            for w in range(columns):
-                state[w] = jnp.zeros((LANES, LANES), F32) if initial_ref is None else initial_ref[0, w].T
-            fill_tables(C, masks)
+            state[...] = jnp.zeros_like(state) if initial_ref is None else initial_ref[0]
+            fill_tables(C, heads, masks)
 
         if save:
             saved_ref[0, :, 0] = state[...]
 
         def chunk(c, _):
             rows = pl.ds(pl.multiple_of(c * C, C), C)
-            starts = _starts(docs_ref, c)
-            for w in range(columns):
+            starts = _starts(docs_ref, c, C)
+
+            def column(w):
                 at = (0, rows, pl.ds(w * LANES, LANES))
                 _, a, _, keys = gates_and_keys(g_ref[at], None if k is None else k_ref[at], starts)
-                out, state[w] = walk(q_ref[at].astype(F32), keys, v_ref[at], a, state[w], masks, heads)
+                out, state[w] = yield from walk(q_ref[at].astype(F32), keys, v_ref[at], a, state[w], masks, heads)
                 out_ref[at] = out.astype(dtype)
+
+            in_turn(column, columns, 1 if heads == 1 else columns)
             return 0
 
         lax.fori_loop(0, plan.chunks, chunk, 0)
 
         @pl.when(t == pl.num_programs(2) - 1)
         def _():
-            for w in range(columns):
-                final_ref[0, w] = state[w].T
+            final_ref[0] = state[...]
 
-    one = (batch, width // LANES, LANES, LANES)
+    one = (batch, width // LANES, LANES // heads, LANES)
     inputs = [("tokens", q), ("tokens", v), ("tokens", log_decay)]
     inputs += [("tokens", k)] if k is not None else []
     inputs += [("state", initial)] if initial is not None else []
     inputs += [("docs", docs)] if docs is not None else []
     outputs = [("tokens", q.shape, dtype), ("state", one, F32)]
-    outputs += [("states", (*one[:2], padded // plan.block, LANES, LANES), F32)] * save
-    scratch = [pltpu.VMEM((columns, LANES, LANES), F32), *table_shapes(C, dtype, backward=False)]
+    outputs += [("states", (*one[:2], padded // plan.block, *one[2:]), F32)] * save
+    scratch = [pltpu.VMEM((columns, *one[2:]), F32), *table_shapes(C, heads, dtype, backward=False)]
     out, final, *saved = call(
         plan, columns, body, inputs, outputs, scratch, q, reverse=False, name="linear_attention_forward"
     )
@@ -265,32 +268,36 @@ def backward(plan: Plan, q, k, v, log_decay, docs, saved, d_out, d_final):
 
         @pl.when(step == 0)
         def _():
-            for w in range(columns):
-                d_state[w] = jnp.zeros((LANES, LANES), F32) if d_final_ref is None else d_final_ref[0, w].T
-            fill_tables(C, masks, bits, later)
+            d_state[...] = jnp.zeros_like(d_state) if d_final_ref is None else d_final_ref[0]
+            fill_tables(C, heads, masks, bits, later)
 
         state[...] = saved_ref[0, :, 0]
 
         def load(c, w):
             at = (0, pl.ds(pl.multiple_of(c * C, C), C), pl.ds(w * LANES, LANES))
-            starts = _starts(docs_ref, c)
+            starts = _starts(docs_ref, c, C)
             return at, starts, gates_and_keys(g_ref[at], None if tied else k_ref[at], starts)
 
         def onward(c, _):
-            for w in range(columns):
+            def column(w):
                 at, _, (g, _, _, keys) = load(c, w)
                 after = dots([later[...]], parts_of(g, later.dtype, not exact), NN)
+                yield
                 states[w, c] = state[w].astype(dtype)
-                added = dot(v_ref[at], times(keys, jnp.exp(after), dtype), TN)
-                state[w] = state[w] * jnp.exp(after[:1] + g[:1]) + own_blocks(added, heads)
+                added = across(v_ref[at], times(keys, jnp.exp(after), dtype), heads)
+                yield
+                state[w] = state[w] * jnp.exp(after[:1] + g[:1]) + added
+
+            in_turn(column, columns, 1)
             return 0
 
         def back(i, _):
             c = plan.chunks - 1 - i
-            for w in range(columns):
+
+            def column(w):
                 at, starts, (_, a, derivative, keys) = load(c, w)
                 q, v, d_out = q_ref[at].astype(F32), v_ref[at], d_out_ref[at]
-                dq, dk, dv, dg, d_state[w] = walk_back(
+                dq, dk, dv, dg, d_state[w] = yield from walk_back(
                     q, keys, v, d_out, a, states[w, c], d_state[w], masks, bits, heads
                 )
                 if starts is not None:
@@ -300,6 +307,8 @@ def backward(plan: Plan, q, k, v, log_decay, docs, saved, d_out, d_final):
                 else:
                     dk_ref[at] = dk.astype(dtype)
                 dq_ref[at], dv_ref[at], dg_ref[at] = dq.astype(dtype), dv.astype(dtype), dg.astype(dg_ref.dtype)
+
+            in_turn(column, columns, heads)
             return 0
 
         lax.fori_loop(0, plan.chunks, onward, 0, unroll=plan.chunks <= UNROLLED)
@@ -307,10 +316,9 @@ def backward(plan: Plan, q, k, v, log_decay, docs, saved, d_out, d_final):
 
         @pl.when(step == pl.num_programs(2) - 1)
         def _():
-            for w in range(columns):
-                d_initial_ref[0, w] = d_state[w].T
+            d_initial_ref[0] = d_state[...]
 
-    one = (batch, width // LANES, LANES, LANES)
+    one = (batch, width // LANES, LANES // heads, LANES)
     inputs = [("tokens", x) for x in (q, v, log_decay, d_out)] + [("states", saved)]
     inputs += [] if tied else [("tokens", k)]
     inputs += [("state", d_final)] if d_final is not None else []
@@ -318,12 +326,12 @@ def backward(plan: Plan, q, k, v, log_decay, docs, saved, d_out, d_final):
     outputs = [("tokens", q.shape, dtype)] * 2 + [("tokens", q.shape, log_decay.dtype)]
     outputs += [] if tied else [("tokens", q.shape, dtype)]
     outputs += [("state", one, F32)]
-    small = pltpu.VMEM((columns, LANES, LANES), F32)
+    small = pltpu.VMEM((columns, *one[2:]), F32)
     scratch = [
         small,
         small,
-        pltpu.VMEM((columns, plan.chunks, LANES, LANES), dtype),
-        *table_shapes(C, dtype, backward=True),
+        pltpu.VMEM((columns, plan.chunks, *one[2:]), dtype),
+        *table_shapes(C, heads, dtype, backward=True),
     ]
     dq, dv, dg, *dk, d_initial = call(
         plan, columns, body, inputs, outputs, scratch, q, reverse=True, name="linear_attention_backward"
