@@ -175,10 +175,11 @@ def test_steps_equal_the_whole_sequence(kind):
     arrays, _ = draw(13, 20, kind)
     arrays = {n: jnp.asarray(a, jnp.float32) for n, a in arrays.items()}
     q, k, v, state = (arrays.pop(n) for n in ("q", "k", "v", "initial_state"))
-    out, final = linear_attention(q, k, v, initial_state=state, **arrays)
+    out, final = jax.jit(linear_attention)(q, k, v, initial_state=state, **arrays)
+    one_step = jax.jit(linear_attention_step)
     for t in range(20):
         now = {n: a[:, t] if a.ndim == 4 else a for n, a in arrays.items()}
-        step, state = linear_attention_step(q[:, t], k[:, t], v[:, t], state, **now)
+        step, state = one_step(q[:, t], k[:, t], v[:, t], state, **now)
         np.testing.assert_allclose(step, out[:, t], rtol=1e-4, atol=1e-5)
     np.testing.assert_allclose(state, final, rtol=1e-4, atol=1e-5)
 
@@ -187,9 +188,10 @@ def test_halves_joined_by_the_state_equal_the_whole():
     arrays, _ = draw(14, 150, "vector/1")
     arrays = {n: jnp.asarray(a, jnp.float32) for n, a in arrays.items()}
     state = arrays.pop("initial_state")
-    whole, final = linear_attention(**arrays, initial_state=state)
-    first, state = linear_attention(**{n: a[:, :77] for n, a in arrays.items()}, initial_state=state)
-    second, state = linear_attention(**{n: a[:, 77:] for n, a in arrays.items()}, initial_state=state)
+    run = jax.jit(linear_attention)
+    whole, final = run(**arrays, initial_state=state)
+    first, state = run(**{n: a[:, :77] for n, a in arrays.items()}, initial_state=state)
+    second, state = run(**{n: a[:, 77:] for n, a in arrays.items()}, initial_state=state)
     np.testing.assert_allclose(jnp.concatenate([first, second], 1), whole, rtol=1e-4, atol=1e-5)
     np.testing.assert_allclose(state, final, rtol=1e-4, atol=1e-5)
 

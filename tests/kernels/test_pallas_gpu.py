@@ -12,7 +12,10 @@ import test_linear_attention as shared
 from linscale.kernels import Axes, linear_attention
 from linscale.kernels.linear_attention import pallas_gpu
 
+EVERY = ("none", "scalar", "phase", "vector", "tied")
 old = tuple(int(x) for x in jax.__version__.split(".")[:2]) < (0, 11)
+# "none" is "scalar" without its decay, "tied" is "vector" without k
+FAMILIES = [pytest.param(kind, marks=[pytest.mark.slow] * (kind in ("none", "tied"))) for kind in EVERY]
 lowers = pytest.mark.skipif(old, reason=f"jax {jax.__version__} lowers Mosaic GPU kernels of jax >= 0.11 only")
 hopper = pytest.mark.skipif(not pallas_gpu.on_hopper(), reason="no Hopper GPU here")
 
@@ -34,7 +37,7 @@ def shapes(kind, tokens, channels, state, segments, batch=2, heads=3):
 
 
 @lowers
-@pytest.mark.parametrize("kind", ("none", "scalar", "phase", "vector", "tied"))
+@pytest.mark.parametrize("kind", EVERY)
 @pytest.mark.parametrize(
     ("tokens", "channels", "state", "segments"),
     [
@@ -61,7 +64,9 @@ def test_forward_and_backward_lower(kind, tokens, channels, state, segments):
 
 
 @lowers
-@pytest.mark.parametrize(("heads", "segments"), [(64, False), (64, True), (3, True)])
+@pytest.mark.parametrize(
+    ("heads", "segments"), [pytest.param(64, False, marks=pytest.mark.slow), (64, True), (3, True)]
+)
 def test_gradient_of_phase_lowers_to_kernels_alone(heads, segments):
     tokens = 2001
     assert (pallas_gpu.choose_spans("phase", 2 * heads, tokens) > 1) == (heads == 3)
@@ -79,7 +84,7 @@ def test_gradient_of_phase_lowers_to_kernels_alone(heads, segments):
 
 
 @lowers
-@pytest.mark.parametrize("kind", ("none", "scalar", "phase", "vector", "tied"))
+@pytest.mark.parametrize("kind", FAMILIES)
 def test_forward_and_backward_lower_on_every_device_of_a_mesh(kind, monkeypatch):
     """Dispatch sees the shapes and the machine of a device, two of the sequence axis."""
     monkeypatch.setattr(pallas_gpu, "on_hopper", lambda: True)

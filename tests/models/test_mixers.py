@@ -95,7 +95,7 @@ class TestCosformer2:
     @pytest.mark.parametrize(("tokens", "dtype"), [(1, "float32"), (33, "float32"), (700, "float32"), (20, "bfloat16")])
     def test_tpe_is_the_recurrence(self, tokens, dtype, monkeypatch):
         """Values and gradients, with documents and a state to continue, against a float64 loop."""
-        if tokens < 50:  # several chunks where gradients are compared
+        if tokens < 50:  # several chunks at every length
             monkeypatch.setattr(tpe, "CHUNK", 16)
         rng = np.random.default_rng(tokens)
         batch, width, states = 2, 6, 5
@@ -106,23 +106,28 @@ class TestCosformer2:
         weights = rng.normal(size=(batch, tokens, width)), rng.normal(size=state.shape)
 
         def recurrence(x, coefficients, state):
-            lam, ys = jnp.asarray(decays(states)), []
-            for t in range(tokens):
-                if t:
-                    state = jnp.where((ids[:, t] != ids[:, t - 1])[:, None, None], 0, state)
-                state = lam * state + (1 - lam) * x[:, t, :, None]
-                ys.append((coefficients * state).sum(-1))
-            return jnp.stack(ys, 1), state
+            lam, begins = jnp.asarray(decays(states)), np.diff(ids, axis=1, prepend=ids[:, :1]) != 0
 
-        def projected(f):
-            return lambda *a: sum((jnp.asarray(w, y.dtype) * y).sum() for w, y in zip(weights, f(*a)))
+            def token(state, now):
+                x, begins = now
+                state = lam * jnp.where(begins[:, None, None], 0, state) + (1 - lam) * x[..., None]
+                return state, (coefficients * state).sum(-1)
 
-        with jax.enable_x64(True):  # the loop is unrolled: gradients at short lengths alone
-            args = tuple(map(jnp.asarray, (x, coefficients, state)))
-            want = recurrence(*args), (jax.grad(projected(recurrence), argnums=(0, 1, 2))(*args) if tokens < 50 else ())
+            state, ys = jax.lax.scan(token, state, (x.swapaxes(0, 1), begins.T))
+            return ys.swapaxes(0, 1), state
+
+        def values_and_gradients(f, *args):
+            def projected(*args):
+                out = f(*args)
+                return sum((jnp.asarray(w, y.dtype) * y).sum() for w, y in zip(weights, out)), out
+
+            gradients, out = jax.jit(jax.grad(projected, argnums=(0, 1, 2), has_aux=True))(*args)
+            return out, gradients
+
+        with jax.enable_x64(True):
+            want = values_and_gradients(recurrence, *map(jnp.asarray, (x, coefficients, state)))
         low = (jnp.asarray(x, dtype), jnp.float32(coefficients), jnp.float32(state))
-        f = lambda *a: toeplitz(*a, segment_ids=jnp.asarray(ids))  # noqa: E731
-        got = f(*low), (jax.grad(projected(f), argnums=(0, 1, 2))(*low) if tokens < 50 else ())
+        got = values_and_gradients(lambda *a: toeplitz(*a, segment_ids=jnp.asarray(ids)), *low)
         for g, w in zip(jax.tree.leaves(got), jax.tree.leaves(want)):
             g, w = np.asarray(g, np.float64), np.asarray(w)
             bound = 1e-5 if dtype == "float32" else 5e-3
