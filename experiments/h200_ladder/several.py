@@ -1,6 +1,6 @@
-"""Trains the rungs of a recipe several at a time on one device, the dearest first, each by `linscale train`.
+"""Trains the rungs of a recipe several at a time on each GPU, the dearest first, each by `linscale train`.
 
-    python experiments/h200_ladder/several.py --config configs/books.py --jobs 5 --limit 560 --config.data.path='books/*.txt'
+    python experiments/h200_ladder/several.py --config configs/books.py --gpus 4 --jobs 2 --limit 560 --config.data.path='books/*.txt'
 
 After --limit seconds the runs still going get SIGTERM, save and end; the same command continues them. Small models leave
 most of a large GPU idle, so several share it. What a run prints is in OUTPUT/NAME.log. Exit code 0: all rungs are
@@ -18,11 +18,12 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 
-def start(config, recipe: str, overrides: list[tuple[str, str]]) -> subprocess.Popen:
+def start(config, recipe: str, overrides: list[tuple[str, str]], gpu: int) -> subprocess.Popen:
     command = [sys.executable, "-m", "linscale", "train", f"--config={recipe}:{config.name}"]
     command += [f"--config.{field}={value}" for field, value in overrides]
     with open(Path(config.output) / f"{config.name}.log", "a") as log:
-        return subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT)
+        env = os.environ | {"CUDA_VISIBLE_DEVICES": str(gpu)}
+        return subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, env=env)
 
 
 def tail(config, lines: int) -> str:
@@ -33,7 +34,8 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config", default="configs/books.py")
     parser.add_argument("--only", default="*", help="pattern of rungs")
-    parser.add_argument("--jobs", type=int, default=5, help="runs at a time")
+    parser.add_argument("--gpus", type=int, default=1, help="of this machine")
+    parser.add_argument("--jobs", type=int, default=5, help="runs at a time on each")
     parser.add_argument("--limit", type=float, default=float("inf"), help="seconds until the runs are told to stop")
     args, rest = parser.parse_known_args()
     began = time.perf_counter()
@@ -53,11 +55,12 @@ def main() -> int:
     waiting = sorted((one for one in configs if not run_folder.read_done(one)), key=price)
     running, failed, told = {}, [], False
     while running or (waiting and not told):
-        while waiting and len(running) < args.jobs and not told:
-            config = waiting.pop()
-            running[config.name] = (config, start(config, args.config, overrides), time.perf_counter())
+        while waiting and len(running) < args.gpus * args.jobs and not told:
+            config, taken = waiting.pop(), [gpu for *_, gpu in running.values()]
+            gpu = min(range(args.gpus), key=taken.count)
+            running[config.name] = (config, start(config, args.config, overrides, gpu), time.perf_counter(), gpu)
         time.sleep(0.2)
-        for config, process, since in list(running.values()):
+        for config, process, since, _ in list(running.values()):
             if process.poll() is None:
                 continue
             del running[config.name]
@@ -73,7 +76,7 @@ def main() -> int:
                 print(tail(config, 2).splitlines()[0], flush=True)
         if not told and time.perf_counter() - began > args.limit:
             told = True
-            for _, process, _ in running.values():
+            for _, process, *_ in running.values():
                 process.send_signal(signal.SIGTERM)
     if failed:
         return 1

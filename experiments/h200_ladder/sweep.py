@@ -1,17 +1,22 @@
-"""Recipe: which learning rate and batch the ladder of configs/books.py should have. Eight million tokens a run.
+"""Recipe: which learning rate and batch the ladder of configs/books.py should have. Twelve million tokens a run.
 
     python experiments/h200_ladder/several.py --config experiments/h200_ladder/sweep.py --jobs 3 --config.data.path='books/*.txt'
 
-Rungs: ARCH-SIZE-RATE-BATCH, as tnl-6m-2e-3-b32.
+Rungs: ARCH-SIZE-RATE-bBATCH, as tnl-6m-2e-3-b8.
 """
 
 from linscale.configs import books
 
-RATES = {"6m": ("5e-4", "1e-3", "2e-3", "4e-3"), "38m": ("5e-4", "1e-3", "2e-3", "4e-3")}
+RATES = ("5e-4", "1e-3", "2e-3")
 RUNGS = tuple(
-    f"{arch}-{size}-{rate}-b32" for size, rates in RATES.items() for rate in rates for arch in books.ARCHITECTURES
-) + tuple(
-    f"{arch}-6m-{rate}-b{batch}" for arch in ("llama", "tnl") for batch in (16, 64) for rate in ("1e-3", "2e-3", "4e-3")
+    f"{arch}-{size}-{rate}-b{batch}"
+    for size, batch, architectures in (
+        ("6m", 8, books.ARCHITECTURES),
+        ("6m", 16, ("llama", "tnl", "hgrn2")),
+        ("38m", 8, ("llama", "hgrn2")),
+    )
+    for rate in RATES
+    for arch in architectures
 )
 
 
@@ -23,7 +28,7 @@ def get_config(rung: str):
     config.output = "runs/books_sweep"
     config.optimizer.learning_rate = float(rate)
     config.train.batch = int(batch)
-    config.train.tokens = 8_000_000
+    config.train.tokens = 12_000_000
     config.train.eval_count = 2
     config.train.checkpoint_every = 10_000
     return config
