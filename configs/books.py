@@ -17,12 +17,12 @@ from linscale.config import base
 # name: layers, width, ffn, millions of training tokens
 SIZES = {
     "200k": (4, 64, 192, 12),
-    "1m": (4, 128, 384, 16),
+    "1m": (4, 128, 384, 20),
     "3m": (4, 256, 704, 32),
     "6m": (8, 256, 704, 48),
     "14m": (8, 384, 1024, 64),
-    "38m": (12, 512, 1408, 72),
-    "85m": (12, 768, 2048, 96),
+    "38m": (12, 512, 1408, 80),
+    "85m": (12, 768, 2048, 100),
 }
 ARCHITECTURES = ("llama", "tnl", "hgrn2", "cosformer2", "hybrid")
 RUNGS = tuple(f"{arch}-{size}" for size in SIZES for arch in ARCHITECTURES)

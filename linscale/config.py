@@ -106,6 +106,7 @@ class Optimizer:
     eps: float = 1e-8
     weight_decay: float = 0.1  # on matrices and embedding
     clip: float = 1.0  # global norm of the gradient
+    theta_share: float = 1.0  # cosFormer2's angles: their learning rate over that of the other parameters; 0: kept
     offload: bool = False  # keep Adam's moments, 8 bytes a parameter, in the host's memory between updates
 
 
@@ -313,7 +314,7 @@ def _check(c: Config) -> None:
     one_of("optimizer.schedule", o.schedule, ("constant", "cosine", "wsd"))
     for field in ("learning_rate", "eps", "weight_decay", "clip", "warmup_tokens"):
         at_least(f"optimizer.{field}", getattr(o, field), 0)
-    for field in ("decay_share", "final_share"):
+    for field in ("decay_share", "final_share", "theta_share"):
         within(f"optimizer.{field}", getattr(o, field), 0.0, 1.0)
     _check_mesh(c.mesh)
     for field in ("beta1", "beta2"):  # the correction of the bias divides by 1 - beta

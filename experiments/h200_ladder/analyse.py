@@ -1,11 +1,12 @@
 """Tables of a finished ladder of configs/books.py: its runs as CSV, its laws, the largest rung predicted, the noise.
 
-    python experiments/h200_ladder/analyse.py runs/books --seeds runs/books_seeds --sweep runs/books_sweep --out DIR
+    python experiments/h200_ladder/analyse.py runs/books --unique TOKENS --seeds runs/books_seeds --sweep runs/books_sweep --out DIR
 
 Writes DIR/runs.csv (a row a run), DIR/points.csv (a row a held-out evaluation), DIR/sweep.csv and DIR/laws.json, and
-prints the tables of a report. The largest rung is predicted in two ways from the five smaller ones: by the envelope law
-L(C) at its compute, and by L(N, D) = E + A / N^alpha + B / D^beta fitted to their held-out evaluations from --from
-tokens on (the learning rate is constant, so every one of them is the end of a run of that length).
+prints the tables of a report. The largest rung is predicted from the smaller ones: by the envelope law L(C) at its
+compute, and by two laws fitted to their held-out evaluations from --from tokens on (the learning rate is constant, so
+every one of them is the end of a run of that length): L(N, D) = E + A / N^alpha + B / D^beta, and the same with the
+lesser worth of repeated tokens (Muennighoff et al., arXiv 2305.16264), of which --unique are new.
 """
 
 import argparse
@@ -66,20 +67,23 @@ def points(run: runs.Run) -> list[dict]:
     ]
 
 
-def predictions(group: list[runs.Run], start: float) -> str:
+def predictions(group: list[runs.Run], start: float, unique: float) -> str:
     """One row: the largest run's loss and what the smaller ones say of it."""
     *smaller, largest = sorted(group, key=lambda run: run.parameters.nonembedding)
     end = largest.last
     envelope = laws.fit_runs(smaller, laws.Options(resamples=200))
-    by_compute = envelope.a * (end.flops[0] / PF_DAY) ** envelope.b
+    said = [envelope.a * (end.flops[0] / PF_DAY) ** envelope.b]
     rows = [p for run in smaller for p in points(run) if p["tokens"] >= start]
     n, d, loss = (np.array([float(p[key]) for p in rows]) for key in ("nonembedding", "tokens", "heldout_loss"))
-    surface = parametric.fit("chinchilla", parametric.Runs(n, d, loss), resamples=0)
-    by_size = float(surface.predict(largest.parameters.nonembedding, end.tokens[0]))
-    shown = ", ".join(f"{name} {value:.3g}" for name, value in surface.coefficients.items())
+    shown = [str(len(rows))]
+    for form, new in (("chinchilla", None), ("data-constrained", unique)):
+        table = parametric.Runs(n, d, loss, unique=None if new is None else np.minimum(d, new))
+        surface = parametric.fit(form, table, resamples=0)
+        said.append(float(surface.predict(largest.parameters.nonembedding, end.tokens[0], new)))
+        shown.append(", ".join(f"{name} {value:.3g}" for name, value in surface.coefficients.items()))
     cells = [LABELS[largest.arch], f"{end.loss[0]:.4f}"]
-    cells += [f"{said:.4f} ({100 * (said / end.loss[0] - 1):+.2f} %)" for said in (by_compute, by_size)]
-    return f"| {' | '.join([*cells, str(len(rows)), shown])} |"
+    cells += [f"{loss:.4f} ({100 * (loss / end.loss[0] - 1):+.2f} %)" for loss in said]
+    return f"| {' | '.join([*cells, *shown])} |"
 
 
 def noise(group: list[runs.Run]) -> str:
@@ -94,6 +98,7 @@ def main() -> None:
     parser.add_argument("--seeds", help="folder of further seeds of one rung")
     parser.add_argument("--sweep", help="folder of the sweep")
     parser.add_argument("--from", dest="start", type=float, default=4e6, help="tokens, of the evaluations in L(N, D)")
+    parser.add_argument("--unique", type=float, required=True, help="tokens of the training text")
     parser.add_argument("--out", type=Path, required=True)
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
@@ -113,9 +118,11 @@ def main() -> None:
         losses = " | ".join(f"{run.last.loss[0]:.3f}" for run in group)
         print(f"| {LABELS[group[0].arch]} | {losses} |")
     print("\n" + fit.as_text(ladder, fits, notes, laws.Options()))
-    print("\n| architecture | largest rung | by L(C) | by L(N, D) | evaluations | law |")
+    print(
+        "\n| architecture | largest rung | by L(C) | by L(N, D) | with repeats | evaluations | L(N, D) | with repeats |"
+    )
     for group in ordered:
-        print(predictions(group, args.start))
+        print(predictions(group, args.start, args.unique))
     if seeds:
         print("\n| architecture | seeds 0, 1, 2 | sd | range |")
         for group in ordered:

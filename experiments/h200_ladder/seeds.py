@@ -5,7 +5,7 @@ python experiments/h200_ladder/several.py --config experiments/h200_ladder/seeds
 
 from linscale.configs import books
 
-RUNGS = tuple(f"{arch}-1m-seed{seed}" for seed in (1, 2) for arch in books.ARCHITECTURES)
+RUNGS = tuple(f"{arch}-6m-seed{seed}" for seed in (1, 2) for arch in books.ARCHITECTURES)
 
 
 def get_config(rung: str):

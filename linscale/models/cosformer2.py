@@ -9,6 +9,10 @@ Where the paper is silent: theta starts as in the authors' LRPE code, 10000^(-2c
 differ; norms are SimpleRMSNorm as in TNL (the paper's parameter counts hint at norms with parameters, 7 l d of them,
 too little to tell which).
 
+Adam's first steps move every theta by the learning rate, and so the angle between tokens t apart by t times as much: by
+20 radians at 3e-4 and 65,536 tokens, where config.optimizer.theta_share should be small (measured:
+experiments/training/reports/2026-11-27_h200_throughput.md).
+
 Letters: B batch, T tokens, D width, H heads, K channels of a head.
 """
 

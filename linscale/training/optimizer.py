@@ -48,12 +48,18 @@ def decay_mask(params):
     return jax.tree_util.tree_map_with_path(lambda path, _: path[-1].key in DECAYED, params)
 
 
+def angles(params):
+    """Tree of bools like params: True for cosFormer2's angles (theta)."""
+    return jax.tree_util.tree_map_with_path(lambda path, _: path[-1].key == "theta", params)
+
+
 def make(config: Config) -> optax.GradientTransformation:
-    """clip by global norm (0: off) -> Adam -> decoupled weight decay -> learning rate."""
+    """clip by global norm (0: off) -> Adam -> decoupled weight decay -> learning rate, that of the angles apart."""
     o = config.optimizer
     return optax.chain(
         optax.clip_by_global_norm(o.clip) if o.clip else optax.identity(),
         optax.scale_by_adam(o.beta1, o.beta2, o.eps),
         optax.add_decayed_weights(o.weight_decay, mask=decay_mask),
         optax.scale_by_learning_rate(schedule(config)),
+        optax.masked(optax.scale(o.theta_share), angles) if o.theta_share != 1 else optax.identity(),
     )

@@ -1,3 +1,5 @@
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -63,6 +65,20 @@ def test_one_update_by_hand(plain):
     np.testing.assert_allclose(updates["scale"], [-0.5], rtol=1e-5)
     norm = np.sqrt(30**2 + 40**2 + 5**2)
     np.testing.assert_allclose(state[1].mu["kernel"], [[0.1 * 30 / norm, -0.1 * 40 / norm]], rtol=1e-5)
+
+
+@pytest.mark.parametrize("share", (0.0, 0.01))
+def test_the_angles_alone_learn_at_their_share(plain, share):
+    params = {"kernel": jnp.array([[2.0]]), "mixer": {"theta": jnp.array([0.5, 1.0])}}
+    grads = {"kernel": jnp.array([[1.0]]), "mixer": {"theta": jnp.array([1.0, -1.0])}}
+    config = plain(**SETTING, **{"optimizer.warmup_tokens": 0, "optimizer.weight_decay": 0.0})
+    slowed = dataclasses.replace(config, optimizer=dataclasses.replace(config.optimizer, theta_share=share))
+    (usual, _), (slow, _) = (
+        adam.update(grads, adam.init(params), params) for adam in map(optimizer.make, (config, slowed))
+    )
+    np.testing.assert_allclose(slow["mixer"]["theta"], share * usual["mixer"]["theta"], rtol=1e-6)
+    np.testing.assert_array_equal(slow["kernel"], usual["kernel"])
+    assert np.all(np.abs(usual["mixer"]["theta"]) > 0.4)
 
 
 @pytest.mark.parametrize("clip", (0.0, 1e9))
