@@ -54,12 +54,16 @@ def angles(params):
 
 
 def make(config: Config) -> optax.GradientTransformation:
-    """clip by global norm (0: off) -> Adam -> decoupled weight decay -> learning rate, that of the angles apart."""
+    """clip by global norm (0: off) -> Adam -> decoupled weight decay -> learning rate.
+
+    The angles are learned in units of theta_share: as if theta / theta_share were the parameter, their gradients are that
+    much smaller, for the clipping too, and so are their steps.
+    """
     o = config.optimizer
-    return optax.chain(
-        optax.clip_by_global_norm(o.clip) if o.clip else optax.identity(),
-        optax.scale_by_adam(o.beta1, o.beta2, o.eps),
-        optax.add_decayed_weights(o.weight_decay, mask=decay_mask),
-        optax.scale_by_learning_rate(schedule(config)),
-        optax.masked(optax.scale(o.theta_share), angles) if o.theta_share != 1 else optax.identity(),
-    )
+    clip = optax.clip_by_global_norm(o.clip) if o.clip else optax.identity()
+    rate = optax.scale_by_learning_rate(schedule(config))
+    if o.theta_share != 1:
+        unit = optax.masked(optax.scale(o.theta_share), angles)
+        clip, rate = optax.chain(unit, clip), optax.chain(rate, unit)
+    decay = optax.add_decayed_weights(o.weight_decay, mask=decay_mask)
+    return optax.chain(clip, optax.scale_by_adam(o.beta1, o.beta2, o.eps), decay, rate)

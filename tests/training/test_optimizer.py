@@ -68,17 +68,24 @@ def test_one_update_by_hand(plain):
 
 
 @pytest.mark.parametrize("share", (0.0, 0.01))
-def test_the_angles_alone_learn_at_their_share(plain, share):
-    params = {"kernel": jnp.array([[2.0]]), "mixer": {"theta": jnp.array([0.5, 1.0])}}
-    grads = {"kernel": jnp.array([[1.0]]), "mixer": {"theta": jnp.array([1.0, -1.0])}}
+def test_the_angles_are_learned_in_units_of_their_share(plain, share):
+    """As if theta / share were the parameter: a share of 0 keeps them, and out of the clipping."""
     config = plain(**SETTING, **{"optimizer.warmup_tokens": 0, "optimizer.weight_decay": 0.0})
     slowed = dataclasses.replace(config, optimizer=dataclasses.replace(config.optimizer, theta_share=share))
-    (usual, _), (slow, _) = (
-        adam.update(grads, adam.init(params), params) for adam in map(optimizer.make, (config, slowed))
-    )
-    np.testing.assert_allclose(slow["mixer"]["theta"], share * usual["mixer"]["theta"], rtol=1e-6)
-    np.testing.assert_array_equal(slow["kernel"], usual["kernel"])
-    assert np.all(np.abs(usual["mixer"]["theta"]) > 0.4)
+    params = {"kernel": jnp.array([[2.0]]), "mixer": {"theta": jnp.array([0.5, 1.0])}}
+    grads = {"kernel": jnp.array([[3.0]]), "mixer": {"theta": jnp.array([400.0, -400.0])}}
+
+    def one_update(config):
+        adam = optimizer.make(config)
+        updates, state = adam.update(grads, adam.init(params), params)
+        return updates, state[1].mu["kernel"]
+
+    (usual, _), (slow, moment) = one_update(config), one_update(slowed)
+    np.testing.assert_allclose(usual["mixer"]["theta"], [-0.5, 0.5], rtol=1e-5)
+    np.testing.assert_allclose(slow["mixer"]["theta"], [-0.5 * share, 0.5 * share], rtol=1e-5)
+    np.testing.assert_allclose(slow["kernel"], usual["kernel"], rtol=1e-5)
+    norm = np.sqrt(3**2 + 2 * (share * 400) ** 2)
+    np.testing.assert_allclose(moment, [[0.1 * 3 / norm]], rtol=1e-5)
 
 
 @pytest.mark.parametrize("clip", (0.0, 1e9))
