@@ -3,13 +3,16 @@
 from linscale.kernels.axes import Axes
 from linscale.kernels.cross_entropy import cross_entropy
 from linscale.kernels.linear_attention import linear_attention, linear_attention_step
+from linscale.kernels.rms_norm import gated_rms_norm, rms_norm
 from linscale.kernels.softmax_attention import documents_fit, softmax_attention
 
 __all__ = [
     "Axes",
     "cross_entropy",
     "documents_fit",
+    "gated_rms_norm",
     "linear_attention",
     "linear_attention_step",
+    "rms_norm",
     "softmax_attention",
 ]

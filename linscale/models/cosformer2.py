@@ -22,11 +22,12 @@ from flax import nnx
 
 from linscale.config import Model
 from linscale.models import tnl
-from linscale.models.layers import LowRankGate, activation, attend, dense, merge_heads, simple_rms_norm, split_heads
+from linscale.models.layers import LowRankGate, activation, attend, dense, norm_over_heads, split_heads
 
 
 class Mixer(nnx.Module):
     ffn_activation = staticmethod(activation("none"))
+    products = 4  # with its input
     norm = tnl.Mixer.norm
 
     def __init__(self, model: Model, rngs: nnx.Rngs):
@@ -42,9 +43,11 @@ class Mixer(nnx.Module):
         head_dim = model.width // model.heads
         return jnp.zeros((batch, model.heads, 2 * head_dim, head_dim))
 
-    def __call__(self, x_BTD, *, layer, position, segment_ids, cache):
+    def __call__(self, inputs, *, layer, position, segment_ids, cache):
         model = self.model
-        q, k, v = (split_heads(w(x_BTD), model.heads) for w in (self.query, self.key, self.value))
+        products = (self.query, self.key, self.value, self.gate)
+        *qkv, gate_BTD = (w(x_BTD) for w, x_BTD in zip(products, inputs, strict=True))
+        q, k, v = (split_heads(x_BTD, model.heads) for x_BTD in qkv)
         q, k, v = jax.nn.silu(q), jax.nn.silu(k), activation(model.value_activation)(v)
         out, caches = attend(model, q, k, v, cache=cache, segment_ids=segment_ids, phase=self.theta[...])
-        return self.out(simple_rms_norm(merge_heads(out)) * self.gate(x_BTD)), caches
+        return self.out(norm_over_heads(out, gate_BTD)), caches

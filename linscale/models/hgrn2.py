@@ -17,11 +17,12 @@ from flax import nnx
 
 from linscale.config import Model
 from linscale.models import tnl
-from linscale.models.layers import activation, attend, dense, merge_heads, simple_rms_norm, split_heads
+from linscale.models.layers import activation, attend, dense, norm_over_heads, split_heads
 
 
 class Mixer(nnx.Module):
     ffn_activation = staticmethod(activation("none"))
+    products = 3  # with its input
     norm = tnl.Mixer.norm
     empty_cache = tnl.Mixer.empty_cache
 
@@ -36,14 +37,16 @@ class Mixer(nnx.Module):
         share = jax.nn.softmax(mixer["lower_bound"], axis=0)
         return mixer | {"lower_bound": jnp.cumsum(share, axis=0) - share[:1]}
 
-    def __call__(self, x_BTD, *, layer, position, segment_ids, cache):
+    def __call__(self, inputs, *, layer, position, segment_ids, cache):
         model = self.model
-        q, v = (split_heads(w(x_BTD), model.heads) for w in (self.query, self.value))
+        products = (self.query, self.value, self.forget)
+        *qv, forget_BTD = (w(x_BTD) for w, x_BTD in zip(products, inputs, strict=True))
+        q, v = (split_heads(x_BTD, model.heads) for x_BTD in qv)
         q = activation(model.hgrn2_query_activation)(q)
         # In bfloat16 the logs are rounded too: near 0 that hardly moves a gate.
-        gates = split_heads(log_forget(self.forget(x_BTD), self.lower_bound[...]), model.heads)
+        gates = split_heads(log_forget(forget_BTD, self.lower_bound[...]), model.heads)
         out, caches = attend(model, q, None, v, cache=cache, segment_ids=segment_ids, log_decay=gates)
-        return self.out(simple_rms_norm(merge_heads(out), model.hgrn2_norm_epsilon)), caches
+        return self.out(norm_over_heads(out, epsilon=model.hgrn2_norm_epsilon)), caches
 
 
 @jax.custom_vjp

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from linscale.config import Model
-from linscale.kernels import linear_attention, linear_attention_step
+from linscale.kernels import gated_rms_norm, linear_attention, linear_attention_step, rms_norm
 from linscale.sharding import AXES, constrain
 
 EPSILON = 1e-6
@@ -57,21 +57,25 @@ def dense(inputs: int, outputs: int, model: Model, rngs: nnx.Rngs) -> nnx.Linear
     return nnx.Linear(inputs, outputs, use_bias=False, dtype=dtype, precision=precision, kernel_init=init, rngs=rngs)
 
 
-def simple_rms_norm(x_BTD: jax.Array, epsilon: float = EPSILON) -> jax.Array:
-    """x / RMS(x) over the last axis, no parameters; statistics in float32 (arXiv 2405.17381, eq. 14)."""
-    x = x_BTD.astype(jnp.float32)
-    x = x * jax.lax.rsqrt(jnp.mean(x * x, axis=-1, keepdims=True) + epsilon)
-    return x.astype(x_BTD.dtype)
-
-
 class RMSNorm(nnx.Module):
     """RMS norm with a learned scale, LLaMA's; statistics in float32."""
 
     def __init__(self, width: int, epsilon: float = EPSILON):
         self.scale, self.epsilon = nnx.Param(jnp.ones(width)), epsilon
 
-    def __call__(self, x_BTD):
-        return simple_rms_norm(x_BTD, self.epsilon) * self.scale[...].astype(x_BTD.dtype)
+    def __call__(self, x_BTD, added_BTD=None, uses=1):
+        """As `rms_norm`."""
+        # XLA's: beside a kernel, the scale would need passes of its own in both directions.
+        (normed_BTD,), x_BTD = rms_norm(x_BTD, added_BTD, epsilon=self.epsilon, implementation="xla")
+        return (normed_BTD * self.scale[...].astype(x_BTD.dtype),) * uses, x_BTD
+
+
+def norm_over_heads(x_BTHK: jax.Array, gate_BTD: jax.Array | None = None, epsilon: float = EPSILON) -> jax.Array:
+    """SimpleRMSNorm over the channels of all heads together, times sigmoid(gate) where one is given; [B,T,D]."""
+    if gate_BTD is not None:
+        return gated_rms_norm(merge_heads(x_BTHK), gate_BTD, epsilon=epsilon, axes=AXES)
+    (normed_BTD,), _ = rms_norm(merge_heads(x_BTHK), epsilon=epsilon, axes=AXES, split=True)
+    return normed_BTD
 
 
 def split_heads(x_BTD: jax.Array, heads: int) -> jax.Array:
@@ -85,20 +89,24 @@ def merge_heads(x_BTHK: jax.Array) -> jax.Array:
 class GatedLinearUnit(nnx.Module):
     """[U * f(V)] W_down. f is silu for LLaMA (SwiGLU) and the identity for the linear models (SGLU)."""
 
+    products = 2  # with its input
+
     def __init__(self, model: Model, activation, rngs: nnx.Rngs):
         self.up = dense(model.width, model.ffn, model, rngs)
         self.gate = dense(model.width, model.ffn, model, rngs)
         self.down = dense(model.ffn, model.width, model, rngs)
         self.activation = activation
 
-    def __call__(self, x_BTD):
-        inner = self.up(x_BTD) * self.activation(self.gate(x_BTD))
+    def __call__(self, inputs):
+        """inputs: x [B,T,D], once for each of two products, as `rms_norm` returns it."""
+        up, gate = (w(x_BTD) for w, x_BTD in zip((self.up, self.gate), inputs, strict=True))
+        inner = up * self.activation(gate)
         return self.down(constrain(inner, "batch", "sequence", "ffn"))
 
 
 class LowRankGate(nnx.Module):
-    """sigmoid(x W_down W_up) with a bottleneck of one head dim (arXiv 2406.16690, appendix A.1; x is the normed input,
-    as in the released code)."""
+    """x W_down W_up with a bottleneck of one head dim, to go through a sigmoid (arXiv 2406.16690, appendix A.1; x is the
+    normed input, as in the released code)."""
 
     def __init__(self, model: Model, rngs: nnx.Rngs):
         rank = model.width // model.heads
@@ -107,7 +115,7 @@ class LowRankGate(nnx.Module):
 
     def __call__(self, x_BTD):
         # Kept apart from other products with x: merged with one, XLA would slice and copy what comes of both.
-        return jax.nn.sigmoid(self.up(self.down(jax.lax.optimization_barrier(x_BTD))))
+        return self.up(self.down(jax.lax.optimization_barrier(x_BTD)))
 
 
 def activation(name: str):

@@ -18,6 +18,7 @@ from linscale.sharding import AXES
 
 class Mixer(nnx.Module):
     ffn_activation = staticmethod(jax.nn.silu)
+    products = 3  # with its input
 
     def __init__(self, model: Model, rngs: nnx.Rngs):
         self.model = model
@@ -33,9 +34,10 @@ class Mixer(nnx.Module):
         shape = (batch, slots, model.heads, model.width // model.heads)
         return {"k": jnp.zeros(shape, compute_dtype(model)), "v": jnp.zeros(shape, compute_dtype(model))}
 
-    def __call__(self, x_BTD, *, layer, position, segment_ids, cache, start=None, softmax=None):
-        q, k, v = (split_heads(w(x_BTD), self.model.heads) for w in (self.query, self.key, self.value))
-        positions = position + jnp.arange(x_BTD.shape[1])
+    def __call__(self, inputs, *, layer, position, segment_ids, cache, start=None, softmax=None):
+        products = zip((self.query, self.key, self.value), inputs, strict=True)
+        q, k, v = (split_heads(w(x_BTD), self.model.heads) for w, x_BTD in products)
+        positions = position + jnp.arange(q.shape[1])
         if start is not None:  # rows padded on the left: positions count from each row's first token
             positions = positions - start[:, None]
         q, k = (rotate(x, positions, self.model.rope_base) for x in (q, k))

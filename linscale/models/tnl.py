@@ -19,11 +19,14 @@ import numpy as np
 from flax import nnx
 
 from linscale.config import Model
-from linscale.models.layers import LowRankGate, activation, attend, dense, merge_heads, simple_rms_norm, split_heads
+from linscale.kernels import rms_norm
+from linscale.models.layers import LowRankGate, activation, attend, dense, norm_over_heads, split_heads
+from linscale.sharding import AXES
 
 
 class Mixer(nnx.Module):
     ffn_activation = staticmethod(activation("none"))
+    products = 4  # with its input
 
     def __init__(self, model: Model, rngs: nnx.Rngs):
         self.model = model
@@ -32,7 +35,7 @@ class Mixer(nnx.Module):
 
     @staticmethod
     def norm(model: Model):
-        return functools.partial(simple_rms_norm, epsilon=model.norm_epsilon)
+        return functools.partial(rms_norm, epsilon=model.norm_epsilon, axes=AXES)
 
     @staticmethod
     def empty_cache(model: Model, batch: int, slots: int):
@@ -40,12 +43,14 @@ class Mixer(nnx.Module):
         head_dim = model.width // model.heads
         return jnp.zeros((batch, model.heads, head_dim, head_dim))
 
-    def __call__(self, x_BTD, *, layer, position, segment_ids, cache):
+    def __call__(self, inputs, *, layer, position, segment_ids, cache):
         model = self.model
-        q, k, v = (split_heads(w(x_BTD), model.heads) for w in (self.query, self.key, self.value))
+        products = (self.query, self.key, self.value, self.gate)
+        *qkv, gate_BTD = (w(x_BTD) for w, x_BTD in zip(products, inputs, strict=True))
+        q, k, v = (split_heads(x_BTD, model.heads) for x_BTD in qkv)
         q, k, v = jax.nn.silu(q), jax.nn.silu(k), activation(model.value_activation)(v)
         out, caches = attend(model, q, k, v, cache=cache, segment_ids=segment_ids, log_decay=log_decay(model, layer))
-        return self.out(simple_rms_norm(merge_heads(out)) * self.gate(x_BTD)), caches
+        return self.out(norm_over_heads(out, gate_BTD)), caches
 
 
 def log_decay(model: Model, layer) -> jax.Array:

@@ -53,9 +53,10 @@ class Block(nnx.Module):
         self.ffn = GatedLinearUnit(model, mixer.ffn_activation if chosen == "paper" else activation(chosen), rngs)
 
     def __call__(self, x_BTD, **context):
-        mixed_BTD, caches = self.mixer(self.mixer_norm(x_BTD), **context)
-        x_BTD = x_BTD + mixed_BTD
-        return x_BTD + self.ffn(self.ffn_norm(x_BTD)), caches
+        normed, x_BTD = self.mixer_norm(x_BTD, uses=self.mixer.products)
+        mixed_BTD, caches = self.mixer(normed, **context)
+        normed, x_BTD = self.ffn_norm(x_BTD, mixed_BTD, uses=self.ffn.products)
+        return x_BTD + self.ffn(normed), caches
 
 
 class Transformer(nnx.Module):
@@ -87,7 +88,8 @@ class Transformer(nnx.Module):
         x_BTD, layers = self._run_layers(x_BTD, segment_ids_BT, cache, softmax)
         if cache is not None:
             new_cache["layers"] = layers
-        return self.final_norm(x_BTD), new_cache
+        (hidden_BTD,), _ = self.final_norm(x_BTD)
+        return hidden_BTD, new_cache
 
     def _run_layers(self, x_BTD, segment_ids_BT, cache, softmax):
         position = 0 if cache is None else cache["position"]

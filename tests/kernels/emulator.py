@@ -29,6 +29,7 @@ from linscale.kernels.linear_attention import (
     pallas_gpu_vector_backward,
     pallas_gpu_vector_states,
 )
+from linscale.kernels.rms_norm import pallas_gpu as rms_norm
 
 MODULES = (
     pallas_gpu_gates,
@@ -39,6 +40,7 @@ MODULES = (
     pallas_gpu_vector,
     pallas_gpu_vector_backward,
     pallas_gpu_vector_states,
+    rms_norm,
 )
 PATIENCE = 60  # seconds
 _here = threading.local()
@@ -182,7 +184,9 @@ def _scratch(kind):
     return Ref(np.full(kind.shape, np.nan, kind.dtype))
 
 
-def _kernel(body, *, out_type, scratch_types, grid, grid_names, num_threads=1, thread_name="wg", compiler_params=None):
+def _kernel(
+    body, *, out_type, grid, scratch_types=(), grid_names, num_threads=1, thread_name="wg", compiler_params=None
+):
     def run(*arrays):
         single = not isinstance(out_type, (list, tuple))
         outs = [np.full(o.shape, np.nan, o.dtype) for o in ([out_type] if single else out_type)]
@@ -287,6 +291,7 @@ def emulated():
         layout_cast=lambda x, _: x,
         wgmma_accumulator_load=lambda acc, wait_n=0: acc.value,
         load=lambda ref, *_, **__: jnp.asarray(ref.view),
+        store=lambda ref, x, **__: ref.__setitem__(..., x),
         broadcasted_iota=lambda dtype, shape, dimension, layout: lax.broadcasted_iota(dtype, shape, dimension),
     )
     scoped = lambda f, *kinds: f(*(Accumulator(jnp.zeros(k.shape)) for k in kinds))  # noqa: E731
