@@ -11,6 +11,7 @@ from linscale.config import ConfigError
 from linscale.scaling import forms, isoflop, optimum, parametric
 from linscale.scaling.minimise import KINDS, Loss, minimise
 
+pytestmark = pytest.mark.usefixtures("many_fits")
 PLANTED = {
     "chinchilla": (1.69, 406.4, 410.7, 0.34, 0.28),
     "chinchilla-no-e": (25.0, 30.0, 0.15, 0.14),

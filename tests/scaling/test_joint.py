@@ -31,6 +31,7 @@ def groups(truth, seed=0, count=30, noise=0.01):
     return out
 
 
+@pytest.mark.usefixtures("many_fits")
 def test_verdicts():
     """Each truth is found in most simulations: AICc takes a richer model in vain about once in ten."""
     right = []
@@ -114,6 +115,7 @@ def test_profile_ends_are_where_the_likelihood_says():
         assert best(end) - top == pytest.approx(1.9207 * 100 / 96, rel=0.05)
 
 
+@pytest.mark.usefixtures("many_fits")
 def test_profile_holds_the_planted_and_leaves_open_what_is_open():
     inside = 0
     for seed in range(6):
