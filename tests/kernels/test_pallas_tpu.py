@@ -43,7 +43,7 @@ def test_float32_with_state_and_documents(interpreted, kind):
 
 @pytest.mark.parametrize("kind", ("scalar", "vector/0.1", "phase"))
 def test_bfloat16_of_128_channels(interpreted, monkeypatch, kind):
-    for name, size in {"BATCH": 1, "HEADS": 2, "KEY": 128, "VALUE": 128}.items():
+    for name, size in {"BATCH": 1, "KEY": 128, "VALUE": 128}.items():
         monkeypatch.setattr(shared, name, size)
     arrays, ids = shared.draw(2, 130, kind, state=False, segments=True, tied_key=kind == "vector/0.1")
     shared.compare("pallas_tpu", arrays, ids, 5e-3, dtype=jnp.bfloat16)
