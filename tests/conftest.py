@@ -1,6 +1,7 @@
 import os
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -18,6 +19,17 @@ def pytest_configure(config):
     """Before JAX is imported. Slow tests, and those of GPUs and TPUs, keep the compiler as users have it."""
     if "not gpu" in config.option.markexpr:
         os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {QUICK}"
+    if config.option.markexpr not in ("gpu", "tpu_compile") and "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+        _compile_once(config)
+
+
+def _compile_once(config):
+    """The workers, and the processes that tests start, share compiled programs in a folder that ends with this run."""
+    folder = tempfile.TemporaryDirectory(prefix="compiled-")
+    config.add_cleanup(folder.cleanup)
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = folder.name
+    os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.1"
+    os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "-1"
 
 
 @pytest.fixture

@@ -1,11 +1,15 @@
 """`linscale eval` on a run that training wrote: what it appends, that it continues, and what it refuses."""
 
+import functools
 import json
 import shutil
+from pathlib import Path
 
 import pytest
 
 pytest.importorskip("lm_eval")
+
+from lm_eval import tasks as harness
 
 from linscale import cli
 from linscale.evaluation import results, runs, scoring, table
@@ -78,10 +82,22 @@ def test_needles_and_positions(ladder, capsys):
     assert list(positions["scores"])[-1] == "256-512"
 
 
+MISSPELT = (["--tasks", "piqqa"], "'piqqa' is not a task of the harness; did you mean piqa")
+
+
+@pytest.fixture
+def small_index(monkeypatch):
+    """The harness knows one folder of its tasks: it takes many seconds to read all 14,000."""
+    folder = Path(harness.__file__).parent / "piqa"
+    manager = functools.partial(harness.TaskManager, include_path=str(folder), include_defaults=False)
+    monkeypatch.setattr(harness, "TaskManager", manager)
+
+
+@pytest.mark.usefixtures("small_index")
 @pytest.mark.parametrize(
     "options, message",
     [
-        (["--tasks", "piqqa"], "'piqqa' is not a task of the harness; did you mean piqa"),
+        MISSPELT,
         (
             ["--tasks", "boolq", "--data-dir", "DATA"],
             "boolq.jsonl (or, in DATA, boolq.mosaic.jsonl or boolq.parquet), which is missing; it comes from huggingface.co/datasets/aps/super_glue",
@@ -103,6 +119,12 @@ def test_what_is_refused(ladder, data_dir, capsys, monkeypatch, options, message
     assert evaluate(ladder, *[str(data_dir) if option == "DATA" else option for option in options]) == 2
     assert message.replace("DATA", str(data_dir)) in capsys.readouterr().err
     assert not results.read(ladder / "tnl-tiny")
+
+
+@pytest.mark.slow
+def test_a_misspelt_task_is_refused_by_the_whole_index(ladder, capsys):
+    assert evaluate(ladder, *MISSPELT[0]) == 2
+    assert MISSPELT[1] in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

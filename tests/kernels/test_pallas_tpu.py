@@ -36,15 +36,15 @@ def interpreted(monkeypatch):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_float32_with_state_and_documents(interpreted, kind):
-    """Two chunks, the second cut short: every input, both states, all gradients."""
+    """Two chunks, the second cut short, of several rows and heads: every input, both states, all gradients."""
     arrays, ids = shared.draw(1, 200, kind, segments=True)
     shared.compare("pallas_tpu", arrays, ids, 1e-5)
 
 
 @pytest.mark.parametrize("kind", ("scalar", "vector/0.1", "phase"))
 def test_bfloat16_of_128_channels(interpreted, monkeypatch, kind):
-    monkeypatch.setattr(shared, "KEY", 128)
-    monkeypatch.setattr(shared, "VALUE", 128)
+    for name, size in {"BATCH": 1, "KEY": 128, "VALUE": 128}.items():
+        monkeypatch.setattr(shared, name, size)
     arrays, ids = shared.draw(2, 130, kind, state=False, segments=True, tied_key=kind == "vector/0.1")
     shared.compare("pallas_tpu", arrays, ids, 5e-3, dtype=jnp.bfloat16)
 

@@ -89,8 +89,8 @@ class TestEveryArchitecture:
         np.testing.assert_array_equal(all_logits(model, params, changed, ids)[0][:, 8:], packed[:, 8:])
 
     def test_first_loss_is_log_vocabulary(self, arch):
-        """For one architecture also at the width and vocabulary where wrongly scaled logits take the loss far off."""
-        for width, heads, vocabulary in ((32, 2, 264), (512, 4, 100_280))[: 2 if arch == "llama" else 1]:
+        """For one architecture also at a width where wrongly scaled logits take the loss far off."""
+        for width, heads, vocabulary in ((32, 2, 264), (512, 4, 10_000))[: 2 if arch == "llama" else 1]:
             sizes = {"layers": 2, "width": width, "heads": heads, "ffn": 2 * width, "vocab_size": vocabulary}
             model = small(arch, init_std=0.02, softmax_every=2, **sizes)
             nll, weight = jax.jit(functools.partial(models.loss, model))(models.init(model, 0), batch_of(model, 2, 64))
@@ -107,8 +107,7 @@ class TestEveryArchitecture:
     @pytest.mark.parametrize(
         "changes",
         [
-            {"remat": "full", "attention": "scan"},
-            {"remat": "dots", "unroll": 2},
+            {"remat": "dots", "unroll": 2, "attention": "scan"},
             *(pytest.param(c, marks=pytest.mark.slow) for c in ({"remat": "full"}, {"remat": "dots", "unroll": 3})),
         ],
         ids=str,
@@ -156,10 +155,9 @@ def test_an_untied_head_counts_learns_and_decides_the_logits():
     assert sum(p.size for p in jax.tree.leaves(params)) == count_parameters(model).total
     batch = {"tokens": tokens[:, :-1], "labels": tokens[:, 1:], "segment_ids": np.ones((2, 16), np.int32)}
     batch["weights"] = np.ones((2, 16), np.float32)
-    nll, _ = models.loss(model, params, batch)
+    nll, grads = jax.jit(jax.value_and_grad(lambda p: models.loss(model, p, batch)[0]))(params)
     log_p = jax.nn.log_softmax(all_logits(model, params, batch["tokens"])[0])
     np.testing.assert_allclose(nll, -np.take_along_axis(log_p, batch["labels"][..., None], -1).sum(), rtol=1e-5)
-    grads = jax.grad(lambda p: models.loss(model, p, batch)[0])(params)
     unseen = np.setdiff1d(np.arange(model.vocab_size), batch["tokens"])
     assert np.abs(grads["embedding"][unseen]).max() == 0, "the embedding still serves as head"
     assert np.abs(grads["head"]).max(axis=1).min() > 0

@@ -11,6 +11,7 @@ from linscale.config import ConfigError
 from linscale.scaling import forms, isoflop, optimum, parametric
 from linscale.scaling.minimise import KINDS, Loss, minimise
 
+pytestmark = pytest.mark.usefixtures("many_fits")
 PLANTED = {
     "chinchilla": (1.69, 406.4, 410.7, 0.34, 0.28),
     "chinchilla-no-e": (25.0, 30.0, 0.15, 0.14),
@@ -101,7 +102,7 @@ def test_hoffmann_starts_reach_the_same_minimum():
 
 
 def test_float64_stays_inside():
-    parametric.fit("chinchilla", simulate("chinchilla"), resamples=2)
+    parametric.fit("chinchilla", simulate("chinchilla"), resamples=200)  # programs of the next test
     assert jax.numpy.ones(1).dtype == np.float32
 
 

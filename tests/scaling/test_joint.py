@@ -31,6 +31,7 @@ def groups(truth, seed=0, count=30, noise=0.01):
     return out
 
 
+@pytest.mark.usefixtures("many_fits")
 def test_verdicts():
     """Each truth is found in most simulations: AICc takes a richer model in vain about once in ten."""
     right = []
@@ -114,6 +115,7 @@ def test_profile_ends_are_where_the_likelihood_says():
         assert best(end) - top == pytest.approx(1.9207 * 100 / 96, rel=0.05)
 
 
+@pytest.mark.usefixtures("many_fits")
 def test_profile_holds_the_planted_and_leaves_open_what_is_open():
     inside = 0
     for seed in range(6):
@@ -150,7 +152,7 @@ def test_command(tmp_path, capsys):
     with path.open("w", newline="") as file:
         writer = csv.writer(file)
         writer.writerow(["arch", "seed", "n", "d", "loss", "acc"])
-        for name, runs in groups("shared exponents").items():
+        for name, runs in groups("shared exponents", count=24).items():  # as many as test_fit_page.py: its programs
             for i, (n, d, loss) in enumerate(zip(runs.n, runs.d, runs.loss)):
                 writer.writerow([name, i % 2, n, d, loss, 0.9 - 0.2 * loss])
     names = ["--n", "n", "--d", "d", "--loss", "loss", "--resamples", "20"]
@@ -159,7 +161,7 @@ def test_command(tmp_path, capsys):
         fit.main([str(path), *names, *options, "--task", "acc", "--task-form", "exponential", "--budget", "1e21"]) == 0
     )
     found = json.loads(out.read_text())
-    assert [one["arch"] for one in found["fits"]] == ["llama", "tnl"] and found["fits"][0]["n_runs"] == 30
+    assert [one["arch"] for one in found["fits"]] == ["llama", "tnl"] and found["fits"][0]["n_runs"] == 24
     assert found["joint"]["verdict"] in joint.MODELS and set(found["joint"]["exponents"]) == {"alpha", "beta"}
     low, high = found["fits"][0]["profile"]["alpha"]
     assert low < found["fits"][0]["coefficients"]["alpha"] < high
@@ -168,7 +170,7 @@ def test_command(tmp_path, capsys):
     text = capsys.readouterr().out
     assert "Least AICc" in text and "acc: y = level - gain" in text and "Profile likelihood" in text
     assert fit.main([str(path), *names, "--where", "arch=llama", "seed=1.0", "--json", str(out)]) == 0
-    assert json.loads(out.read_text())["n_runs"] == 15
+    assert json.loads(out.read_text())["n_runs"] == 12
     for option, message in (
         (["--where", "arch"], "give COLUMN=VALUE"),
         (["--where", "arch=gpt"], "no row with"),

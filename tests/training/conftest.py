@@ -1,19 +1,12 @@
 import json
-import os
 import textwrap
 from pathlib import Path
 
-import jax
 import pytest
 
 from linscale.config import base, resolve
 from linscale.training import metrics
 
-COMPILED = (
-    "jax_compilation_cache_dir",
-    "jax_persistent_cache_min_compile_time_secs",
-    "jax_persistent_cache_min_entry_size_bytes",
-)
 RECIPE = '''
 """A run of seconds, for tests."""
 from linscale.config import base
@@ -33,20 +26,6 @@ def get_config(rung):
     config.log.tensorboard = False
     return config
 '''
-
-
-@pytest.fixture(autouse=True, scope="module")
-def compile_once(tmp_path_factory):
-    """Runs of one shape share their compiled programs, also across the processes that a test starts."""
-    folder = str(tmp_path_factory.getbasetemp() / "compiled")
-    before = {name: getattr(jax.config, name) for name in COMPILED}
-    for name, value in zip(COMPILED, (folder, 0.0, -1)):
-        os.environ[name.upper()] = str(value)
-        jax.config.update(name, value)
-    yield
-    for name, value in before.items():
-        del os.environ[name.upper()]
-        jax.config.update(name, value)
 
 
 @pytest.fixture

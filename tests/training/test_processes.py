@@ -10,7 +10,11 @@ import time
 import pytest
 
 from linscale.config import ConfigError, Restart
-from linscale.training import hosts
+from linscale.training import hosts, loop
+
+# Rounding differs with the number of processes, and training amplifies it: at this rate losses differ by 2e-7 for
+# 120 steps and by 1e-6 after 250 (at 1e-3, after 98; at last the runs skip different spikes).
+RATE = {"optimizer.learning_rate": 1e-4}
 
 
 def start(recipe, options, output, processes: int, *more: str) -> list[subprocess.Popen]:
@@ -19,9 +23,7 @@ def start(recipe, options, output, processes: int, *more: str) -> list[subproces
         free.bind(("localhost", 0))
         port = free.getsockname()[1]
     command = [sys.executable, "-m", "linscale", "train", f"--config={recipe}:tnl", *options, *more]
-    # Rounding differs with the number of processes, and training amplifies it: at this rate losses differ by 2e-7 for
-    # 120 steps and by 1e-6 after 250 (at 1e-3, after 98; at last the runs skip different spikes).
-    command += [f"--config.output={output}", "--config.optimizer.learning_rate=1e-4"]
+    command += [f"--config.output={output}", *(f"--config.{field}={value}" for field, value in RATE.items())]
     started = []
     for index in range(processes):
         env = os.environ | {"JAX_PLATFORMS": "cpu"}
@@ -62,10 +64,10 @@ def wait_for_lines(output, count: int, process: subprocess.Popen) -> None:
         time.sleep(0.005)
 
 
-def test_two_processes_train_as_one(recipe, options, exact, tmp_path):
-    short = "--config.train.steps=12"
-    finish(start(recipe, options, tmp_path / "one", 1, short), (0,))
-    finish(start(recipe, options, tmp_path / "two", 2, short, "--config.mesh.data=1", "--config.mesh.fsdp=-1"), (0,))
+def test_two_processes_train_as_one(recipe, options, make, exact, tmp_path):
+    loop.train(make("tnl", **RATE, **{"train.steps": 12, "output": tmp_path / "one"}))
+    more = ("--config.train.steps=12", "--config.mesh.data=1", "--config.mesh.fsdp=-1")
+    finish(start(recipe, options, tmp_path / "two", 2, *more), (0,))
     assert same(exact(tmp_path / "two" / "tnl"), exact(tmp_path / "one" / "tnl"))
 
 

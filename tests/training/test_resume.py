@@ -15,16 +15,17 @@ from pathlib import Path
 import pytest
 
 from linscale.config import Restart
+from linscale.training import loop
 
-STEPS = 600
+STEPS = 300
+CHANGES = {"train.steps": STEPS, "train.checkpoint_every": 37, "train.accumulation": 2}
+CHANGES["train.skip_limit"] = STEPS  # by luck of rounding ten spikes in a row would end the run
 
 
 @pytest.fixture
 def command(recipe, options):
     def build(output, workers):
-        changes = {"output": output, "data.workers": workers, "train.steps": STEPS, "train.checkpoint_every": 37}
-        changes["train.accumulation"] = 2
-        changes["train.skip_limit"] = STEPS  # by luck of rounding ten spikes in a row would end the run
+        changes = CHANGES | {"output": output, "data.workers": workers}
         overrides = [f"--config.{field}={value}" for field, value in changes.items()]
         return [sys.executable, "-m", "linscale", "train", f"--config={recipe}:tnl", *options, *overrides]
 
@@ -50,8 +51,8 @@ def kill_after(command, output, more: int) -> bool:
     return True
 
 
-def check(command, exact, tmp_path, kills: int, workers: tuple[int, ...], seed: int):
-    subprocess.run(command(tmp_path / "whole", 0), check=True, capture_output=True)
+def check(command, make, exact, tmp_path, kills: int, workers: tuple[int, ...], seed: int):
+    loop.train(make("tnl", **CHANGES, output=tmp_path / "whole"))
     whole = exact(tmp_path / "whole" / "tnl")
     assert len(whole) == STEPS // 2 + 4
     for n in workers:
@@ -90,11 +91,11 @@ def test_a_killed_data_worker_ends_the_run_with_the_restartable_code(command, tm
     assert not (output / "tnl" / "DONE.json").exists()
 
 
-def test_one_kill(command, exact, tmp_path):
-    check(command, exact, tmp_path, kills=1, workers=(2,), seed=0)
+def test_one_kill(command, make, exact, tmp_path):
+    check(command, make, exact, tmp_path, kills=1, workers=(2,), seed=0)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("seed", range(3))
-def test_many_kills(command, exact, tmp_path, seed):
-    check(command, exact, tmp_path, kills=6, workers=(0, 2), seed=seed)
+def test_many_kills(command, make, exact, tmp_path, seed):
+    check(command, make, exact, tmp_path, kills=6, workers=(0, 2), seed=seed)
