@@ -106,7 +106,7 @@ class Optimizer:
     eps: float = 1e-8
     weight_decay: float = 0.1  # on matrices and embedding
     clip: float = 1.0  # global norm of the gradient
-    theta_share: float = 1.0  # cosFormer2's angles: their steps over those of the others; 0: kept as they start
+    theta_share: float = 1.0  # cosFormer2's angles: the unit they are learned in; 0: kept, no gradient
     offload: bool = False  # keep Adam's moments, 8 bytes a parameter, in the host's memory between updates
 
 

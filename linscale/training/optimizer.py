@@ -53,6 +53,13 @@ def angles(params):
     return jax.tree_util.tree_map_with_path(lambda path, _: path[-1].key == "theta", params)
 
 
+def learned(config: Config, params):
+    """params, without a gradient those that are kept as they start."""
+    if config.optimizer.theta_share:
+        return params
+    return jax.tree.map(lambda kept, x: jax.lax.stop_gradient(x) if kept else x, angles(params), params)
+
+
 def make(config: Config) -> optax.GradientTransformation:
     """clip by global norm (0: off) -> Adam -> decoupled weight decay -> learning rate.
 

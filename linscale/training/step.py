@@ -55,12 +55,15 @@ def gradients(config: Config, params, batch: dict) -> tuple[jax.Array, Any]:
     """Loss in nats per weighted token, and its gradient, a tree like params; float32.
 
     Losses and weights are summed over micro-batches and divided once, so that accumulation changes only rounding,
-    also where micro-batches differ in padding.
+    also where micro-batches differ in padding. Angles that are kept (theta_share 0) have a gradient of zero, which is not
+    worked out.
     """
 
     def value_and_grad(params, micro):
         def run(softmax):
-            summed = functools.partial(models.loss, config.model, batch=micro, softmax=softmax)
+            def summed(params):
+                return models.loss(config.model, optimizer.learned(config, params), micro, softmax=softmax)
+
             return jax.value_and_grad(summed, has_aux=True)(params)  # ((sum of nats, sum of weights), gradients)
 
         return models.by_documents(config.model, micro["segment_ids"], run)

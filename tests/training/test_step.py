@@ -118,3 +118,17 @@ def test_state_is_float32_and_depends_on_the_seed_alone():
     assert all(map(np.array_equal, jax.tree.leaves(a), jax.tree.leaves(b)))
     c = first_state(dataclasses.replace(config(), seed=1))
     assert not np.array_equal(a.params["embedding"], c.params["embedding"])
+
+
+def test_angles_kept_have_no_gradient_and_leave_the_others_alone():
+    kept, learned = (config("cosformer2", theta_share=share) for share in (0.0, 1.0))
+    state = first_state(kept)
+    (loss, grads), (same, wanted) = (step.gradients(c, state.params, batch()) for c in (kept, learned))
+    assert loss == same
+    for (path, got), want in zip(jax.tree_util.tree_leaves_with_path(grads), jax.tree.leaves(wanted)):
+        if path[-1].key == "theta":
+            assert not got.any() and np.abs(want).max() > 1e-3
+        else:
+            np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-7)
+    before, after = (s.params["layers"]["cosformer2"]["mixer"]["theta"] for s in (state, run(kept)[0]))
+    np.testing.assert_array_equal(after, before)
