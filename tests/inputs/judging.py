@@ -84,7 +84,8 @@ def judge(case: Case, folder: Path) -> tuple[list[str], str]:
         wrong.append(f"compiled {len(compiled)} programs")
     after = snapshot(folder)
     wrong += [f"changed {name}" for name, content in before.items() if after.get(name) != content]
-    wrong += [f"left {name}" for name in after if name not in before and not name.startswith("cache")]
+    ours = ("cache", "__pycache__")  # the corpora's, and Python's of the recipe
+    wrong += [f"left {name}" for name in after if name not in before and not name.startswith(ours)]
     return wrong, last or error
 
 
