@@ -18,11 +18,11 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 
-def start(config, recipe: str, overrides: list[tuple[str, str]], gpu: int) -> subprocess.Popen:
+def start(config, recipe: str, overrides: list[tuple[str, str]], gpu: str) -> subprocess.Popen:
     command = [sys.executable, "-m", "linscale", "train", f"--config={recipe}:{config.name}"]
     command += [f"--config.{field}={value}" for field, value in overrides]
     with open(Path(config.output) / f"{config.name}.log", "a") as log:
-        env = os.environ | {"CUDA_VISIBLE_DEVICES": str(gpu)}
+        env = os.environ | {"CUDA_VISIBLE_DEVICES": gpu}
         return subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, env=env)
 
 
@@ -34,7 +34,9 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config", default="configs/books.py")
     parser.add_argument("--only", default="*", help="pattern of rungs")
-    parser.add_argument("--gpus", type=int, default=1, help="of this machine")
+    parser.add_argument(
+        "--gpus", type=int, default=1, help="the first so many of this machine, or of CUDA_VISIBLE_DEVICES"
+    )
     parser.add_argument("--jobs", type=int, default=5, help="runs at a time on each")
     parser.add_argument("--limit", type=float, default=float("inf"), help="seconds until the runs are told to stop")
     args, rest = parser.parse_known_args()
@@ -52,12 +54,14 @@ def main() -> int:
     def price(config):
         return config.steps * config.tokens_per_step * flops.flops_per_token(config.model, config.train.sequence)
 
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES") or ",".join(map(str, range(args.gpus)))
+    gpus = visible.split(",")[: args.gpus]
     waiting = sorted((one for one in configs if not run_folder.read_done(one)), key=price)
     running, failed, told = {}, [], False
     while running or (waiting and not told):
-        while waiting and len(running) < args.gpus * args.jobs and not told:
+        while waiting and len(running) < len(gpus) * args.jobs and not told:
             config, taken = waiting.pop(), [gpu for *_, gpu in running.values()]
-            gpu = min(range(args.gpus), key=taken.count)
+            gpu = min(gpus, key=taken.count)
             running[config.name] = (config, start(config, args.config, overrides, gpu), time.perf_counter(), gpu)
         time.sleep(0.2)
         for config, process, since, _ in list(running.values()):

@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 from jax.custom_derivatives import SymbolicZero
 
+from linscale.kernels.hopper import on_hopper
 from linscale.kernels.linear_attention import chunked, pallas_gpu_phase
 from linscale.kernels.linear_attention.pallas_gpu_blocks import INNER, OUTER, Blocks
 from linscale.kernels.linear_attention.pallas_gpu_spans import chain, choose_spans, chunks_of_a_span
@@ -43,13 +44,6 @@ def unsupported(q, k, v, log_decay, phase=None) -> str | None:
     if log_decay is not None and log_decay.ndim == 4 and log_decay.dtype not in (jnp.float32, jnp.bfloat16):
         return f"log_decay has dtype {log_decay.dtype}, it takes float32 or bfloat16"
     return None
-
-
-@functools.cache
-def on_hopper() -> bool:
-    if tuple(int(x) for x in jax.__version__.split(".")[:2]) < (0, 11):
-        return False
-    return jax.default_backend() == "gpu" and getattr(jax.devices()[0], "compute_capability", "") == "9.0"
 
 
 def pallas_gpu(q, k, v, log_decay, phase, initial_state, segment_ids):

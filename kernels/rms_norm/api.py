@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from jax.custom_derivatives import SymbolicZero
 
 from linscale.kernels.axes import Axes, mesh_for, over_mesh
-from linscale.kernels.linear_attention.pallas_gpu import on_hopper
+from linscale.kernels.hopper import on_hopper
 from linscale.kernels.remat import kept
 
 _log = logging.getLogger("linscale.kernels")
@@ -52,9 +52,8 @@ def rms_norm(
     if _choose(x, added, implementation, axes if split else None) == "xla":
         return _plain(x, added, epsilon, uses)
     mesh = mesh_for(axes)
-    if (
-        mesh is not None and mesh.shape[axes.heads] > 1
-    ):  # gradients of uses are sums over that axis: added up, then sent
+    if mesh is not None and mesh.shape[axes.heads] > 1:
+        # Gradients of uses are sums over that axis: added up, then sent.
         (normed,), s = _on_hopper(x, added, epsilon, 1, axes)
         return (normed,) * uses, s
     return _on_hopper(x, added, epsilon, uses, axes)

@@ -156,8 +156,9 @@ def _check_owner(config: Config) -> None:
     except (ValueError, KeyError, TypeError) as error:
         raise ConfigError(f"{path} cannot be read ({error}); restore it or choose another config.name.") from error
     new = _flat(dataclasses.asdict(config))
+    old = _flat(dataclasses.asdict(Config())) | old  # a field younger than the run had its default there
     for field in dict.fromkeys((*new, *old)):
-        was, now = old.get(field, "<absent>"), new.get(field, "<absent>")
+        was, now = old[field], new.get(field, "<absent>")
         if field not in FREE and was != now:
             raise ConfigError(
                 f"{folder} belongs to another config: config.{field} was {was!r} there and is {now!r} now; "

@@ -48,6 +48,18 @@ def test_another_config_is_named_with_both_values(config):
         run_folder.check(dataclasses.replace(config, seed=1))
 
 
+def test_a_field_younger_than_the_run_had_its_default_there(config):
+    run_folder.check(config)
+    run_folder.claim(config, CORPUS)
+    path = run_folder.of(config) / "config.json"
+    content = json.loads(path.read_text())
+    del content["config"]["optimizer"]["theta_share"]
+    path.write_text(json.dumps(content))
+    run_folder.check(config)
+    with pytest.raises(ConfigError, match=r"config.optimizer.theta_share was 1.0 there and is 0.5 now"):
+        run_folder.check(change(config, "optimizer", theta_share=0.5))
+
+
 def test_fields_that_change_no_result_may_change(config):
     run_folder.check(config)
     run_folder.claim(config, CORPUS)
