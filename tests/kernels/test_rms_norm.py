@@ -18,6 +18,7 @@ BOUND = {"float32": 3e-7, "bfloat16": 4e-3}
 BOUND_OF_XLA = {"float32": 3e-7, "bfloat16": 2e-2}
 old = tuple(int(x) for x in jax.__version__.split(".")[:2]) < (0, 11)
 lowers = pytest.mark.skipif(old, reason=f"jax {jax.__version__} lowers Mosaic GPU kernels of jax >= 0.11 only")
+emulates = pytest.mark.skipif(old, reason=f"jax {jax.__version__} has no Mosaic GPU as of jax >= 0.11")
 hopper = pytest.mark.skipif(not api.on_hopper(), reason="no Hopper GPU here")
 every_form = pytest.mark.parametrize(("uses", "add", "beside"), [(1, False, False), (3, False, True), (2, True, True)])
 every_type = pytest.mark.parametrize("dtype", (jnp.float32, jnp.bfloat16))
@@ -93,7 +94,7 @@ def test_xla_gated(shape, dtype):
     check_gated(shape, dtype, BOUND_OF_XLA)
 
 
-@pytest.mark.skipif(old, reason=f"jax {jax.__version__} has no Mosaic GPU as of jax >= 0.11")
+@emulates
 @every_type
 @every_form
 @pytest.mark.parametrize("shape", [(2, 37, 256), (1, 3, 768), (1, 11, 1024), (1, 2, 4096)])
@@ -105,7 +106,7 @@ def test_kernels_emulated(shape, dtype, uses, add, beside, monkeypatch):
         check(shape, dtype, uses, add, beside)
 
 
-@pytest.mark.skipif(old, reason=f"jax {jax.__version__} has no Mosaic GPU as of jax >= 0.11")
+@emulates
 @every_type
 @pytest.mark.parametrize("shape", [(2, 37, 256), (1, 3, 768), (1, 2, 4096)])
 def test_gated_kernels_emulated(shape, dtype, monkeypatch):
