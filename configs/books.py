@@ -55,6 +55,6 @@ def get_config(rung: str):
     config.train.spike_sigma = 0.0  # norms jump early in runs this short, which is no spike: only non-finite ones count
 
     # Constant after the warm-up, as in the paper, one rule for all five: experiments/h200_ladder/sweep.py.
-    config.optimizer.learning_rate = 1e-3 * (512 / width) ** 0.5
-    config.optimizer.warmup_tokens = 750_000
+    config.optimizer.learning_rate = 0.256 / width
+    config.optimizer.warmup_tokens = config.train.tokens // 25
     return config

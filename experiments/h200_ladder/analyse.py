@@ -106,7 +106,7 @@ def main() -> None:
     ladder = runs.read([args.ladder])
     ordered = [sorted((r for r in ladder.runs if r.arch == a), key=lambda r: r.parameters.nonembedding) for a in LABELS]
     ordered = [group for group in ordered if group]
-    seeds = list(runs.read([args.seeds]).runs) if args.seeds else []
+    seeds = [run for run in runs.read([args.seeds]).runs if run.finished] if args.seeds else []
     write(args.out / "runs.csv", [row(run) for group in [*ordered, seeds] for run in group])
     write(args.out / "points.csv", [p for group in ordered for run in group for p in points(run)])
     fits, notes = laws.fit_ladder(ladder)
@@ -128,7 +128,8 @@ def main() -> None:
         for group in ordered:
             again = [run for run in seeds if run.arch == group[0].arch]
             first = [run for run in group if again and run.config.model == again[0].config.model]
-            print(noise(first + sorted(again, key=lambda run: run.config.seed)))
+            if first:
+                print(noise(first + sorted(again, key=lambda run: run.config.seed)))
     if args.sweep:
         rows = [row(run) for run in runs.read([args.sweep]).runs if run.finished]
         write(args.out / "sweep.csv", rows)
