@@ -21,12 +21,13 @@ import jax.numpy as jnp
 from flax import nnx
 
 from linscale.config import Model
+from linscale.kernels.remat import kept
 from linscale.models import tnl
 from linscale.models.layers import LowRankGate, activation, attend, dense, norm_over_heads, split_heads
 
 
 class Mixer(nnx.Module):
-    ffn_activation = staticmethod(activation("none"))
+    ffn_activation = "none"
     products = 4  # with its input
     norm = tnl.Mixer.norm
 
@@ -48,6 +49,7 @@ class Mixer(nnx.Module):
         products = (self.query, self.key, self.value, self.gate)
         *qkv, gate_BTD = (w(x_BTD) for w, x_BTD in zip(products, inputs, strict=True))
         q, k, v = (split_heads(x_BTD, model.heads) for x_BTD in qkv)
-        q, k, v = jax.nn.silu(q), jax.nn.silu(k), activation(model.value_activation)(v)
+        q, k = kept((jax.nn.silu(q), jax.nn.silu(k)))
+        v = activation(model.value_activation)(v)
         out, caches = attend(model, q, k, v, cache=cache, segment_ids=segment_ids, phase=self.theta[...])
         return self.out(norm_over_heads(out, gate_BTD)), caches

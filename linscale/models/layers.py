@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from linscale.config import Model
-from linscale.kernels import gated_rms_norm, linear_attention, linear_attention_step, rms_norm
+from linscale.kernels import ACTIVATIONS, gated_rms_norm, gated_unit, linear_attention, linear_attention_step, rms_norm
 from linscale.sharding import AXES, constrain
 
 EPSILON = 1e-6
@@ -91,7 +91,7 @@ class GatedLinearUnit(nnx.Module):
 
     products = 2  # with its input
 
-    def __init__(self, model: Model, activation, rngs: nnx.Rngs):
+    def __init__(self, model: Model, activation: str, rngs: nnx.Rngs):
         self.up = dense(model.width, model.ffn, model, rngs)
         self.gate = dense(model.width, model.ffn, model, rngs)
         self.down = dense(model.ffn, model.width, model, rngs)
@@ -100,7 +100,7 @@ class GatedLinearUnit(nnx.Module):
     def __call__(self, inputs):
         """inputs: x [B,T,D], once for each of two products, as `rms_norm` returns it."""
         up, gate = (w(x_BTD) for w, x_BTD in zip((self.up, self.gate), inputs, strict=True))
-        inner = up * self.activation(gate)
+        inner = gated_unit(up, gate, activation=self.activation, axes=AXES)
         return self.down(constrain(inner, "batch", "sequence", "ffn"))
 
 
@@ -119,7 +119,7 @@ class LowRankGate(nnx.Module):
 
 
 def activation(name: str):
-    return {"none": lambda x: x, "silu": jax.nn.silu}[name]
+    return ACTIVATIONS[name]
 
 
 class LayerCache(typing.NamedTuple):

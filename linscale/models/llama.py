@@ -6,7 +6,6 @@ own RMSNorm. Full multi-head attention, no biases, scale 1/sqrt(K).
 Letters: B batch, T tokens, S cache slots, D width, H heads, K channels of a head.
 """
 
-import jax
 import jax.numpy as jnp
 from flax import nnx
 
@@ -17,7 +16,7 @@ from linscale.sharding import AXES
 
 
 class Mixer(nnx.Module):
-    ffn_activation = staticmethod(jax.nn.silu)
+    ffn_activation = "silu"
     products = 3  # with its input
 
     def __init__(self, model: Model, rngs: nnx.Rngs):

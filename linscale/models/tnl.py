@@ -20,12 +20,13 @@ from flax import nnx
 
 from linscale.config import Model
 from linscale.kernels import rms_norm
+from linscale.kernels.remat import kept
 from linscale.models.layers import LowRankGate, activation, attend, dense, norm_over_heads, split_heads
 from linscale.sharding import AXES
 
 
 class Mixer(nnx.Module):
-    ffn_activation = staticmethod(activation("none"))
+    ffn_activation = "none"
     products = 4  # with its input
 
     def __init__(self, model: Model, rngs: nnx.Rngs):
@@ -48,7 +49,8 @@ class Mixer(nnx.Module):
         products = (self.query, self.key, self.value, self.gate)
         *qkv, gate_BTD = (w(x_BTD) for w, x_BTD in zip(products, inputs, strict=True))
         q, k, v = (split_heads(x_BTD, model.heads) for x_BTD in qkv)
-        q, k, v = jax.nn.silu(q), jax.nn.silu(k), activation(model.value_activation)(v)
+        q, k = kept((jax.nn.silu(q), jax.nn.silu(k)))
+        v = activation(model.value_activation)(v)
         out, caches = attend(model, q, k, v, cache=cache, segment_ids=segment_ids, log_decay=log_decay(model, layer))
         return self.out(norm_over_heads(out, gate_BTD)), caches
 

@@ -23,7 +23,7 @@ from linscale.config import ConfigError, Model
 from linscale.kernels import cross_entropy, documents_fit
 from linscale.kernels.remat import KEPT
 from linscale.models import cosformer2, hgrn2, llama, tnl
-from linscale.models.layers import GatedLinearUnit, LayerCache, activation, compute_dtype, matrices_in
+from linscale.models.layers import GatedLinearUnit, LayerCache, compute_dtype, matrices_in
 from linscale.models.tpe import Tpe
 
 _MIXERS = {"llama": llama.Mixer, "tnl": tnl.Mixer, "hgrn2": hgrn2.Mixer, "cosformer2": cosformer2.Mixer}
@@ -50,7 +50,7 @@ class Block(nnx.Module):
         self.mixer = mixer(model, rngs)
         self.ffn_norm = mixer.norm(model)
         chosen = model.ffn_activation
-        self.ffn = GatedLinearUnit(model, mixer.ffn_activation if chosen == "paper" else activation(chosen), rngs)
+        self.ffn = GatedLinearUnit(model, mixer.ffn_activation if chosen == "paper" else chosen, rngs)
 
     def __call__(self, x_BTD, **context):
         normed, x_BTD = self.mixer_norm(x_BTD, uses=self.mixer.products)

@@ -17,6 +17,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from linscale.kernels import hopper_rows
 from linscale.kernels.linear_attention import (
     pallas_gpu_gates,
     pallas_gpu_phase_kernels,
@@ -32,6 +33,7 @@ from linscale.kernels.linear_attention import (
 from linscale.kernels.rms_norm import pallas_gpu as rms_norm
 
 MODULES = (
+    hopper_rows,
     pallas_gpu_gates,
     pallas_gpu_phase_kernels,
     pallas_gpu_phase_states,

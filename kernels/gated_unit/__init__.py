@@ -1,0 +1,3 @@
+from linscale.kernels.gated_unit.api import ACTIVATIONS, gated_unit
+
+__all__ = ["ACTIVATIONS", "gated_unit"]
