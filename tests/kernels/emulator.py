@@ -17,6 +17,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from linscale.kernels.cross_entropy import pallas_gpu as cross_entropy
 from linscale.kernels.linear_attention import (
     pallas_gpu_gates,
     pallas_gpu_phase_kernels,
@@ -32,6 +33,7 @@ from linscale.kernels.linear_attention import (
 from linscale.kernels.rms_norm import pallas_gpu as rms_norm
 
 MODULES = (
+    cross_entropy,
     pallas_gpu_gates,
     pallas_gpu_phase_kernels,
     pallas_gpu_phase_states,
@@ -147,7 +149,7 @@ def _copy(source, target):
     target.view[inside] = source.view[inside]
 
 
-def _copy_in(source, target, barrier):
+def _copy_in(source, target, barrier, oob_mode=None):
     _copy(source, target)
     _one(barrier).arrive()
 
