@@ -123,14 +123,18 @@ def check_rows(rows, vocabulary, kind="normal", **options):
     ("rows", "vocabulary", "options"),
     [
         (3, 4096, {}),
-        (135, 5008, {"vectors": 1}),
-        (2, 9000, {"held": False, "warpgroups": 3}),
-        (1, 2048, {"vectors": 1}),
+        (5, 5008, {"vectors": 1}),
+        (2, 9000, {"warpgroups": 3, "held": 1}),
+        (5, 9000, {"held": 2, "vectors": 2}),
+        (1, 2048, {}),
     ],
 )
-def test_kernel_emulated(rows, vocabulary, options, kind):
+def test_kernel_emulated(rows, vocabulary, options, kind, monkeypatch):
     from emulator import emulated
 
+    from linscale.kernels.cross_entropy import pallas_gpu
+
+    monkeypatch.setattr(pallas_gpu, "MULTIPROCESSORS", 2)  # several rows for each
     with emulated():
         check_rows(rows, vocabulary, kind, **options)
 
