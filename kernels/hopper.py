@@ -1,8 +1,10 @@
-"""Whether the kernels for Hopper GPUs can run here."""
+"""Whether the kernels for Hopper GPUs can run here, and what they know of the chip."""
 
 import functools
 
 import jax
+
+MULTIPROCESSORS = 132  # of an H100 or H200
 
 
 @functools.cache

@@ -6,17 +6,23 @@ sweep as the loss, while the logits are at hand, so that they are computed once:
 Over a mesh every device sweeps its own tokens against its own part of the vocabulary. Of the logits only sums over the
 vocabulary and the label's entry are communicated, a few numbers a token; then the gradients, summed once.
 
+On Hopper GPUs a kernel goes from logits to losses and the gradient (`pallas_gpu`), unless devices share a vocabulary.
+
 Letters: B batch, T tokens, D width, V vocabulary.
 """
 
 import functools
+import logging
 
 import jax
 import jax.numpy as jnp
 
 from linscale.kernels.axes import Axes, mesh_for, over_mesh
+from linscale.kernels.hopper import on_hopper
 
+_log = logging.getLogger("linscale.kernels")
 MAX_LOGITS = 2**27  # elements of float32 logits held at once: 512 MiB; on GPUs four times as many, for longer products
+SHORTEST, LONGEST = 4096, 200_000  # vocabularies of the kernel for Hopper GPUs
 
 
 def cross_entropy(
@@ -73,9 +79,10 @@ def _over_devices(axes, hidden, embedding, labels, weights, with_gradient):
         loss, gradients = _sweep(**arrays, with_gradient=with_gradient)
     else:
         tokens_axes = (*axes.batch, axes.sequence)
+        axis = axes.vocabulary if mesh.shape[axes.vocabulary] > 1 else None
 
         def on_device(arrays):
-            loss, gradients = _sweep(**arrays, with_gradient=with_gradient, axis=axes.vocabulary)
+            loss, gradients = _sweep(**arrays, with_gradient=with_gradient, axis=axis)
             loss = jax.lax.psum(loss, tokens_axes)
             if not with_gradient:
                 return loss, None
@@ -97,7 +104,11 @@ def _sweep(hidden, embedding, labels, weights, *, with_gradient, axis=None):
     at_once = MAX_LOGITS * (4 if jax.default_backend() == "gpu" else 1)
     slices = min(tokens, -(-batch * tokens * vocabulary // at_once))
     size = -(-tokens // slices)
-    entries = jnp.arange(vocabulary) + (0 if axis is None else vocabulary * jax.lax.axis_index(axis))
+    losses = functools.partial(_in_xla, dtype=hidden.dtype, axis=axis)
+    if with_gradient:
+        reason = refusal(vocabulary, hidden.dtype, axis)
+        losses = losses if reason else _on_hopper
+        _announce("xla" if reason else "pallas_gpu", reason)
 
     def to_slices(x):
         x = jnp.pad(x, [(0, 0), (0, slices * size - tokens)] + [(0, 0)] * (x.ndim - 2))
@@ -112,13 +123,10 @@ def _sweep(hidden, embedding, labels, weights, *, with_gradient, axis=None):
         loss, d_embedding = carry
         hidden_BTD, labels_BT, weights_BT = x
         logits_BTV = product("btd,vd->btv", hidden_BTD, embedding)
-        is_label_BTV = entries == labels_BT[..., None]  # a gather would not know entries of other devices
-        log_sum_BT, label_BT = _over_vocabulary(logits_BTV, is_label_BTV, axis)
-        loss += jnp.sum(jnp.where(weights_BT != 0, weights_BT * (log_sum_BT - label_BT), 0))
+        losses_BT, d_logits_BTV = losses(logits_BTV, labels_BT, weights_BT)
+        loss += jnp.sum(jnp.where(weights_BT != 0, weights_BT * losses_BT, 0))
         if not with_gradient:
             return (loss, None), None
-        d_logits_BTV = (jnp.exp(logits_BTV - log_sum_BT[..., None]) - is_label_BTV) * weights_BT[..., None]
-        d_logits_BTV = d_logits_BTV.astype(hidden.dtype)
         d_embedding += product("btv,btd->vd", d_logits_BTV, hidden_BTD)
         return (loss, d_embedding), product("btv,vd->btd", d_logits_BTV, embedding).astype(hidden.dtype)
 
@@ -129,6 +137,40 @@ def _sweep(hidden, embedding, labels, weights, *, with_gradient, axis=None):
         return loss, None
     d_hidden = jnp.moveaxis(d_hidden, 0, 1).reshape(batch, slices * size, -1)[:, :tokens]
     return loss, (d_hidden, d_embedding)
+
+
+def refusal(vocabulary: int, dtype, axis: str | None = None) -> str | None:
+    """Why the kernel cannot serve, as a sentence without its stop; None if it can."""
+    if not on_hopper():
+        return "it needs a Hopper GPU (compute capability 9.0) and jax >= 0.11"
+    if dtype != jnp.bfloat16:
+        return f"hidden has dtype {dtype}, it takes bfloat16"
+    if axis is not None:
+        return f"the vocabulary is split over the mesh axis {axis!r}"
+    if vocabulary % 8 or not SHORTEST <= vocabulary <= LONGEST:
+        return f"it takes vocabularies in steps of 8 from {SHORTEST} to {LONGEST}, this one has {vocabulary}"
+    return None
+
+
+def _on_hopper(logits_BTV, labels_BT, weights_BT):
+    """The losses of tokens [B,T], without their weights, and the gradient of the logits, with them."""
+    from linscale.kernels.cross_entropy.pallas_gpu import losses
+
+    vocabulary = logits_BTV.shape[-1]
+    labels_BT = jnp.clip(labels_BT, 0, vocabulary - 1).astype(jnp.int32)  # each is an address to read
+    flat = logits_BTV.reshape(-1, vocabulary), labels_BT.reshape(-1), weights_BT.reshape(-1)
+    losses_N, d_logits_NV = losses(*flat)
+    return losses_N.reshape(labels_BT.shape), d_logits_NV.reshape(logits_BTV.shape)
+
+
+def _in_xla(logits_BTV, labels_BT, weights_BT, *, dtype, axis):
+    """As `_on_hopper`; the gradient in `dtype`."""
+    vocabulary = logits_BTV.shape[-1]
+    entries = jnp.arange(vocabulary) + (0 if axis is None else vocabulary * jax.lax.axis_index(axis))
+    is_label_BTV = entries == labels_BT[..., None]  # a gather would not know entries of other devices
+    log_sum_BT, label_BT = _over_vocabulary(logits_BTV, is_label_BTV, axis)
+    d_logits_BTV = (jnp.exp(logits_BTV - log_sum_BT[..., None]) - is_label_BTV) * weights_BT[..., None]
+    return log_sum_BT - label_BT, d_logits_BTV.astype(dtype)
 
 
 def _over_vocabulary(logits_BTV, is_label_BTV, axis):
@@ -155,3 +197,9 @@ def _in_one_pass(logits_BTV, label_BTV):
 
     nothing = jnp.float32(jnp.finfo(jnp.float32).min), jnp.float32(0), jnp.float32(0)
     return jax.lax.reduce((logits_BTV, jnp.ones_like(logits_BTV), label_BTV), nothing, merge, (2,))
+
+
+@functools.cache
+def _announce(name: str, reason: str | None = None) -> None:
+    backend = jax.default_backend()
+    _log.info("cross-entropy: implementation %r on %s%s", name, backend, f", as {reason}" if reason else "")

@@ -8,7 +8,7 @@ import math
 import jax
 import jax.numpy as jnp
 
-MULTIPROCESSORS = 132  # of an H100 or H200
+from linscale.kernels.hopper import MULTIPROCESSORS
 
 # Microseconds on an H100 with 128 channels, of experiments/kernels/reports/2026-11-26_h100_kernels.md.
 TENSOR = 0.0056  # memory's time for a chunk of one tensor, 64 tokens of a head in bfloat16

@@ -18,6 +18,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from linscale.kernels import hopper_rows
+from linscale.kernels.cross_entropy import pallas_gpu as cross_entropy
 from linscale.kernels.linear_attention import (
     pallas_gpu_gates,
     pallas_gpu_phase_kernels,
@@ -33,6 +34,7 @@ from linscale.kernels.linear_attention import (
 from linscale.kernels.rms_norm import pallas_gpu as rms_norm
 
 MODULES = (
+    cross_entropy,
     hopper_rows,
     pallas_gpu_gates,
     pallas_gpu_phase_kernels,
@@ -149,7 +151,7 @@ def _copy(source, target):
     target.view[inside] = source.view[inside]
 
 
-def _copy_in(source, target, barrier):
+def _copy_in(source, target, barrier, oob_mode=None):
     _copy(source, target)
     _one(barrier).arrive()
 
