@@ -66,7 +66,7 @@ def pallas_gpu(q, k, v, log_decay, phase, initial_state, segment_ids):
         segment_ids = _pad(segment_ids, [(0, 0), (0, -tokens % 8)], mode="edge")
     if phase is not None:
         phase = _pad(phase, [(0, 0), (0, wide - K)])
-        spans = choose_spans("phase", q.shape[0] * q.shape[2], q.shape[1])
+        spans = choose_spans("phase", q.shape[0] * q.shape[2], q.shape[1], wide)
         docs = _documents(segment_ids, q, spans)
         out, state = pallas_gpu_phase.on_chip(tokens, spans, q, k, v, phase, initial_state, segment_ids, docs)
     elif log_decay is not None and log_decay.ndim == 4:
@@ -99,7 +99,7 @@ def _vector_values(q, k, v, log_decay, initial_state, documents, save):
     from linscale.kernels.linear_attention.pallas_gpu_vector import forward
     from linscale.kernels.linear_attention.pallas_gpu_vector_states import states
 
-    spans = choose_spans("vector", q.shape[0] * q.shape[2], q.shape[1])
+    spans = choose_spans("vector", q.shape[0] * q.shape[2], q.shape[1], q.shape[-1])
     before = None if initial_state is None else initial_state[:, None]
     if spans > 1:
         before = chain(initial_state, *states(k, v, log_decay, spans=spans, documents=documents))
@@ -122,7 +122,7 @@ def _vector_backward(residuals, cotangents):
     q, k, v, log_decay, states, scores, flags = residuals
     given, documents = (flag is not None for flag in flags)
     d_out, d_state = cotangents
-    spans = choose_spans("vector", q.shape[0] * q.shape[2], q.shape[1])
+    spans = choose_spans("vector", q.shape[0] * q.shape[2], q.shape[1], q.shape[-1])
     named = {"spans": spans, "documents": documents}
     d_after = d_state[:, None]
     if spans > 1:
@@ -147,7 +147,7 @@ def _scalar_values(tokens, q, k, v, log_decay, initial_state, segment_ids):
     rate = _rate(log_decay)
     blocks = Blocks(q.shape[-1])
     q, k, v = blocks.split(q, k, v)
-    spans = choose_spans("scalar", q.shape[0] * len(rate) * blocks.number**2, q.shape[1])
+    spans = choose_spans("scalar", q.shape[0] * len(rate) * blocks.number**2, q.shape[1], blocks.width)
     docs = _documents(segment_ids, q, spans)
     initial_state = blocks.split_state(initial_state)
     before = None if initial_state is None else initial_state[:, None]
@@ -178,7 +178,7 @@ def _scalar_backward(tokens, residuals, cotangents):
     rate = _rate(log_decay)
     blocks = Blocks(q.shape[-1])
     qs, ks, vs, ds = blocks.split(q, k, v, d_out)
-    spans = choose_spans("scalar", q.shape[0] * len(rate) * blocks.number**2, q.shape[1])
+    spans = choose_spans("scalar", q.shape[0] * len(rate) * blocks.number**2, q.shape[1], blocks.width)
     docs = _documents(segment_ids, q, spans)
 
     dq, _ = kernels.forward(ds, vs, ks, rate, blocks.turned(before), docs, tokens=tokens, spans=spans, final=False)

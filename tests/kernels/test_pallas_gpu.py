@@ -101,24 +101,34 @@ def test_forward_and_backward_lower_on_every_device_of_a_mesh(kind, monkeypatch)
     assert "collective_permute" in text
 
 
+@pytest.mark.parametrize("card", ("NVIDIA H100 80GB HBM3", "NVIDIA H200"))
+@pytest.mark.parametrize("channels", (64, 128))
 @pytest.mark.parametrize("kind", ("scalar", "vector", "phase"))
 @pytest.mark.parametrize("rows", (1, 6, 16, 50, 64, 96, 128, 300))
-@pytest.mark.parametrize("tokens", (1, 64, 1000, 8192, 131072))
-def test_spans_cover_the_sequence_and_none_is_empty(kind, rows, tokens):
-    spans = pallas_gpu.choose_spans(kind, rows, tokens)
-    length = 64 * pallas_gpu.chunks_of_a_span(tokens, spans)
-    assert (spans - 1) * length < tokens <= spans * length
-    assert spans == 1 or length >= 8 * 64
+def test_spans_cover_the_sequence_and_none_is_empty(kind, rows, channels, card):
+    for tokens in (1, 64, 1000, 8192, 131072):
+        spans = pallas_gpu.choose_spans(kind, rows, tokens, channels, card)
+        length = 64 * pallas_gpu.chunks_of_a_span(tokens, spans)
+        assert (spans - 1) * length < tokens <= spans * length
+        assert spans == 1 or length >= 8 * 64
 
 
 @pytest.mark.parametrize(
     ("rows", "tokens", "scalar", "vector", "phase"),
     [(128, 2048, 1, 1, 1), (128, 8192, 1, 1, 1), (64, 2048, 1, 2, 2), (32, 16384, 4, 4, 4), (16, 131072, 8, 8, 8)],
 )
-def test_spans_are_those_that_were_fastest(rows, tokens, scalar, vector, phase):
+@pytest.mark.parametrize("card", ("NVIDIA H100 80GB HBM3", "NVIDIA H200", "a card nobody knows"))
+def test_spans_are_those_that_were_fastest(rows, tokens, scalar, vector, phase, card):
     """Of those timed on an H100: experiments/kernels/reports/2026-11-26_h100_kernels.md."""
-    chosen = [pallas_gpu.choose_spans(kind, rows, tokens) for kind in ("scalar", "vector", "phase")]
+    chosen = [pallas_gpu.choose_spans(kind, rows, tokens, card=card) for kind in ("scalar", "vector", "phase")]
     assert chosen == [scalar, vector, phase]
+
+
+def test_spans_are_chosen_for_the_card_and_the_channels():
+    """64 rows of 16,384 tokens: reading keys and values again costs an H100 what the idle half of the chip gains."""
+    h100, h200 = "NVIDIA H100 80GB HBM3", "NVIDIA H200"
+    assert [pallas_gpu.choose_spans("scalar", 64, 16384, card=card) for card in (h100, h200)] == [1, 2]
+    assert [pallas_gpu.choose_spans("scalar", 64, 4096, channels, h200) for channels in (64, 128)] == [1, 2]
 
 
 @pytest.mark.skipif(pallas_gpu.on_hopper(), reason="served here")
