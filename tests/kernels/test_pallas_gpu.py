@@ -20,8 +20,9 @@ lowers = pytest.mark.skipif(old, reason=f"jax {jax.__version__} lowers Mosaic GP
 hopper = pytest.mark.skipif(not pallas_gpu.on_hopper(), reason="no Hopper GPU here")
 
 
-def shapes(kind, tokens, channels, state, segments, batch=2, heads=3):
+def shapes(kind, tokens, channels, state, segments, batch=2, heads=3, values=None):
     x = jax.ShapeDtypeStruct((batch, tokens, heads, channels), jnp.bfloat16)
+    v = jax.ShapeDtypeStruct((batch, tokens, heads, values or channels), jnp.bfloat16)
     named = {
         "none": {},
         "scalar": {"log_decay": jax.ShapeDtypeStruct((heads,), jnp.float32)},
@@ -30,25 +31,28 @@ def shapes(kind, tokens, channels, state, segments, batch=2, heads=3):
         "tied": {"log_decay": x},
     }[kind]
     rows = channels * (2 if kind == "phase" else 1)
-    arrays = {"q": x, "k": None if kind == "tied" else x, "v": x, **named}
+    arrays = {"q": x, "k": None if kind == "tied" else x, "v": v, **named}
     if state:
-        arrays["initial_state"] = jax.ShapeDtypeStruct((batch, heads, rows, channels), jnp.float32)
+        arrays["initial_state"] = jax.ShapeDtypeStruct((batch, heads, rows, v.shape[-1]), jnp.float32)
     return arrays, jax.ShapeDtypeStruct(x.shape[:2], jnp.int32) if segments else None
 
 
 @lowers
 @pytest.mark.parametrize("kind", EVERY)
 @pytest.mark.parametrize(
-    ("tokens", "channels", "state", "segments"),
+    ("tokens", "keys", "values", "state", "segments"),
     [
-        pytest.param(2100, 128, False, False, marks=pytest.mark.slow),
-        (1001, 128, True, True),
-        pytest.param(5, 64, True, False, marks=pytest.mark.slow),
-        (2100, 64, True, True),
+        pytest.param(2100, 128, 128, False, False, marks=pytest.mark.slow),
+        (1001, 128, 128, True, True),
+        pytest.param(5, 64, 64, True, False, marks=pytest.mark.slow),
+        (2100, 64, 64, True, True),
+        pytest.param(2100, 256, 128, True, True, marks=pytest.mark.slow),
+        pytest.param(1001, 256, 256, True, False, marks=pytest.mark.slow),
+        pytest.param(2100, 64, 256, False, True, marks=pytest.mark.slow),
     ],
 )  # those of 2100 tokens are cut into spans
-def test_forward_and_backward_lower(kind, tokens, channels, state, segments):
-    arrays, ids = shapes(kind, tokens, channels, state, segments)
+def test_forward_and_backward_lower(kind, tokens, keys, values, state, segments):
+    arrays, ids = shapes(kind, tokens, keys, state, segments, values=values)
 
     def loss(arrays, ids):
         named = {"log_decay": None, "phase": None, "initial_state": None} | arrays
@@ -56,7 +60,7 @@ def test_forward_and_backward_lower(kind, tokens, channels, state, segments):
             *(named[n] for n in ("q", "k", "v", "log_decay", "phase", "initial_state")), ids
         )
         assert out.shape == arrays["v"].shape
-        assert final.shape[-1] == channels
+        assert final.shape[-2:] == (keys * (2 if kind == "phase" else 1), values)
         return out.astype(jnp.float32).sum() + final.sum()
 
     text = jax.jit(jax.value_and_grad(loss)).trace(arrays, ids).lower(lowering_platforms=("cuda",)).as_text()
@@ -65,12 +69,13 @@ def test_forward_and_backward_lower(kind, tokens, channels, state, segments):
 
 @lowers
 @pytest.mark.parametrize(
-    ("heads", "segments"), [pytest.param(64, False, marks=pytest.mark.slow), (64, True), (3, True)]
+    ("heads", "channels", "segments"),
+    [pytest.param(64, 128, False, marks=pytest.mark.slow), (64, 128, True), (3, 128, True), (3, 256, False)],
 )
-def test_gradient_of_phase_lowers_to_kernels_alone(heads, segments):
+def test_gradient_of_phase_lowers_to_kernels_alone(heads, channels, segments):
     tokens = 2001
-    assert (pallas_gpu.choose_spans("phase", 2 * heads, tokens) > 1) == (heads == 3)
-    arrays, _ = shapes("phase", tokens, 128, state=False, segments=False, heads=heads)
+    assert (pallas_gpu.choose_spans("phase", 2 * heads * (channels // 128) ** 2, tokens) > 1) == (heads == 3)
+    arrays, _ = shapes("phase", tokens, channels, state=False, segments=False, heads=heads)
     ids = jnp.arange(2 * tokens).reshape(2, tokens) // 300 if segments else None
 
     def loss(q, k, v, phase):
@@ -149,9 +154,9 @@ def test_refusal_names_what_does_not_fit(shape, dtype, message):
     x = jnp.zeros(shape, dtype)
     assert message in pallas_gpu.unsupported(x, x, x, None)
     for channels in (64, 128, 256):
-        assert pallas_gpu.unsupported(*[jnp.zeros((1, 8, 1, channels), jnp.bfloat16)] * 3, None) is None
-    wide = jnp.zeros((1, 8, 1, 256), jnp.bfloat16)
-    assert "takes 64 or 128 channels a head, q has 256" in pallas_gpu.unsupported(wide, wide, wide, wide)
+        x = jnp.zeros((1, 8, 1, channels), jnp.bfloat16)
+        for log_decay, phase in ((None, None), (x, None), (None, jnp.zeros((1, channels)))):
+            assert pallas_gpu.unsupported(x, x, x, log_decay, phase) is None
 
 
 KINDS = ("none", "scalar", "scalar-zero", "phase", "vector/0.05", "vector/0.1", "vector/1", "vector/10")
@@ -199,14 +204,23 @@ class TestOnTheDevice:
             arrays, ids = shared.draw(9, tokens, kind, segments=True)
             shared.compare("pallas_gpu", arrays, ids, 5e-3, dtype=jnp.bfloat16)
 
-    @pytest.mark.parametrize(("keys", "values"), [(256, 256), (128, 64), (64, 256)])
-    @pytest.mark.parametrize("kind", ("none", "scalar"))
+    @pytest.mark.parametrize(("keys", "values"), [(256, 256), (256, 128), (128, 64), (64, 256)])
+    @pytest.mark.parametrize("kind", ("none", "scalar", "phase", "vector/0.1", "vector/1", "tied"))
     def test_heads_in_blocks_and_unlike_channels(self, kind, keys, values, monkeypatch):
         monkeypatch.setattr(shared, "KEY", keys)
         monkeypatch.setattr(shared, "VALUE", values)
+        tied = kind == "tied"
         for tokens in (200, 2100):
-            arrays, ids = shared.draw(10, tokens, kind, segments=True)
+            arrays, ids = shared.draw(10, tokens, "vector/0.1" if tied else kind, segments=True, tied_key=tied)
             shared.compare("pallas_gpu", arrays, ids, 5e-3, dtype=jnp.bfloat16)
+
+    @pytest.mark.parametrize(("keys", "values"), [(256, 256), (256, 64)])
+    def test_gradient_of_phase_in_blocks(self, keys, values, monkeypatch):
+        monkeypatch.setattr(shared, "KEY", keys)
+        monkeypatch.setattr(shared, "VALUE", values)
+        for tokens in (200, 2100):
+            arrays, ids = shared.draw(4, tokens, "phase", state=False, segments=True)
+            shared.compare("pallas_gpu", arrays, ids, 5e-3, dtype=jnp.bfloat16, final=False)
 
     @pytest.mark.parametrize("kind", ("scalar", "phase", "vector/1"))
     def test_spans(self, kind):
