@@ -12,9 +12,9 @@ MULTIPROCESSORS = 132  # of an H100 or H200
 
 # Of experiments/kernels/reports/2026-11-26_h100_kernels.md and 2026-11-27_h200_kernels.md, in microseconds.
 MEMORY = {"H100": 0.0056, "H200": 0.0040}  # a chunk of one tensor: 64 tokens of a head of 128 channels in bfloat16
-OPERATIONS = 5.0  # more to launch, if the sequence is cut
+OPERATIONS = 5.0  # more to launch, if a sequence of 128 channels is cut; of 64 what the gradients gain outweighs them
 COSTS = {  # a chunk on one multiprocessor where memory keeps up: (to give out, to give what a span adds), by channels
-    64: {"scalar": (0.85, 0.25), "vector": (2.1, 0.8), "phase": (1.5, 0.7)},
+    64: {"scalar": (0.91, 0.73), "vector": (2.65, 1.46), "phase": (1.93, 0.82)},
     128: {"scalar": (1.85, 0.4), "vector": (4.95, 1.9), "phase": (3.7, 1.6)},
 }
 
@@ -43,8 +43,10 @@ def _microseconds(kind, blocks, chunks, channels, card, cut):
     waves = -(-blocks // MULTIPROCESSORS)
     memory = blocks * _memory(card) * channels / 128
     time = chunks * max(waves * out, 4 * memory)  # q, k, v and out
-    if cut:  # two of them again; the states are written and read, and once more to chain them
-        time += chunks * max(waves * added, 2 * memory) + 4 * state * memory + OPERATIONS
+    if cut:  # two of them again
+        time += chunks * max(waves * added, 2 * memory)
+        if channels == 128:  # states are written and read, and once more to chain them; smaller ones stay in the cache
+            time += 4 * state * memory + OPERATIONS
     return time
 
 
