@@ -128,8 +128,6 @@ def ours(args, kind):
             if not check(kind, name, {"out": out} | {f"d_{n}": g for n, g in grads.items()}, want):
                 continue
         for shape in SHAPES[: args.shapes]:
-            if name == "pallas_gpu" and shape[3] > 128 and kind in ("vector", "phase"):
-                continue  # not served
             empty = abstract(shape, kind)
             programs = [build(f, empty) for f in functions(name)]
             floor = floors(shape)

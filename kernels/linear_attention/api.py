@@ -53,9 +53,10 @@ def linear_attention(
       segment_ids: [B,T] integers. A new document starts wherever the id differs from the token before; the state is
         reset there. The first document of a row continues `initial_state`.
       implementation: None picks the best available; "scan" (one token at a time, the reference), "chunked" (matrix
-        products over chunks in XLA, any device), "pallas_gpu" (Hopper GPUs, bfloat16, 64 or 128 channels, 256 without a
-        decay per channel or phase) or "pallas_tpu" (TPUs, 64 or 128 channels) forces one. Which device the program is for is told by the mesh in context or the
-        default backend, so that programs compiled ahead of time for another machine choose as that machine would.
+        products over chunks in XLA, any device), "pallas_gpu" (Hopper GPUs, bfloat16, 64, 128 or 256
+        channels) or "pallas_tpu" (TPUs, 64 or 128 channels) forces one. Which device the program is for is told by the
+        mesh in context or the default backend, so that programs compiled ahead of time for another machine choose as
+        that machine would.
       axes: how the mesh in context (jax.set_mesh) splits batch, tokens and heads; every device runs an implementation on
         its own part. Devices of the sequence axis exchange states alone, [B,H,K,V] ([B,H,2K,V] with phase) log2(n) + 1
         times, forward and backward, and documents may cross from one to the next. None, or no mesh: one device's work.

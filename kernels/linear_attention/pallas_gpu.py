@@ -16,13 +16,12 @@ from jax.custom_derivatives import SymbolicZero
 
 from linscale.kernels.hopper import on_hopper
 from linscale.kernels.linear_attention import chunked, pallas_gpu_phase
-from linscale.kernels.linear_attention.pallas_gpu_blocks import INNER, OUTER, Blocks
+from linscale.kernels.linear_attention.pallas_gpu_blocks import Blocks
 from linscale.kernels.linear_attention.pallas_gpu_spans import chain, choose_spans, chunks_of_a_span
 from linscale.kernels.linear_attention.reference import document_starts
 from linscale.kernels.remat import kept
 
-CHANNELS = (64, 128)
-WIDE = 256  # in two blocks of 128, with no decay or one per head
+CHANNELS = (64, 128, 256)  # of keys and of values; 256 in two blocks of 128
 
 
 def refusal(q, k, v, log_decay, phase=None) -> str | None:
@@ -34,13 +33,10 @@ def refusal(q, k, v, log_decay, phase=None) -> str | None:
 
 
 def unsupported(q, k, v, log_decay, phase=None) -> str | None:
-    plain = phase is None and (log_decay is None or log_decay.ndim == 1)
     if q.dtype != jnp.bfloat16:
         return f"q, k and v have dtype {q.dtype}, it takes bfloat16"
-    allowed = (*CHANNELS, WIDE) if plain else CHANNELS
-    if q.shape[-1] not in allowed or v.shape[-1] not in allowed:
-        named = "64, 128 or 256" if plain else "64 or 128"
-        return f"it takes {named} channels a head, q has {q.shape[-1]} and v {v.shape[-1]}"
+    if q.shape[-1] not in CHANNELS or v.shape[-1] not in CHANNELS:
+        return f"it takes 64, 128 or 256 channels a head, q has {q.shape[-1]} and v {v.shape[-1]}"
     if log_decay is not None and log_decay.ndim == 4 and log_decay.dtype not in (jnp.float32, jnp.bfloat16):
         return f"log_decay has dtype {log_decay.dtype}, it takes float32 or bfloat16"
     return None
@@ -49,24 +45,25 @@ def unsupported(q, k, v, log_decay, phase=None) -> str | None:
 def pallas_gpu(q, k, v, log_decay, phase, initial_state, segment_ids):
     """Arguments and results as `api.linear_attention`.
 
-    The kernels are written for tokens in eights and as many channels of keys as of values; the copies cost time, not
-    exactness.
+    The kernels are written for tokens in eights and for keys and values in blocks of as many channels; the copies cost
+    time, not exactness.
     """
     tokens, K, V = q.shape[1], q.shape[-1], v.shape[-1]
-    wide = max(K, V)
-    widen = lambda x: _pad(x, [(0, 0), (0, -tokens % 8), (0, 0), (0, wide - x.shape[-1])])  # noqa: E731
+    blocks = Blocks.of(K, V)
+    widen = lambda x: _pad(x, [(0, 0), (0, -tokens % 8), (0, 0), (0, -x.shape[-1] % blocks.width)])  # noqa: E731
     q, v = widen(q), widen(v)
     k = None if k is None else widen(k)
+    wide_K, wide_V = q.shape[-1], v.shape[-1]
     parts = 1 if phase is None else 2
     if initial_state is not None:
         state = initial_state.astype(jnp.float32).reshape(*initial_state.shape[:2], parts, K, V)
-        state = _pad(state, [(0, 0), (0, 0), (0, 0), (0, wide - K), (0, wide - V)])
-        initial_state = state.reshape(*state.shape[:2], parts * wide, wide)
+        state = _pad(state, [(0, 0), (0, 0), (0, 0), (0, wide_K - K), (0, wide_V - V)])
+        initial_state = state.reshape(*state.shape[:2], parts * wide_K, wide_V)
     if segment_ids is not None:
         segment_ids = _pad(segment_ids, [(0, 0), (0, -tokens % 8)], mode="edge")
     if phase is not None:
-        phase = _pad(phase, [(0, 0), (0, wide - K)])
-        spans = choose_spans("phase", q.shape[0] * q.shape[2], q.shape[1])
+        phase = _pad(phase, [(0, 0), (0, wide_K - K)])
+        spans = _spans("phase", q, blocks)
         docs = _documents(segment_ids, q, spans)
         out, state = pallas_gpu_phase.on_chip(tokens, spans, q, k, v, phase, initial_state, segment_ids, docs)
     elif log_decay is not None and log_decay.ndim == 4:
@@ -75,12 +72,16 @@ def pallas_gpu(q, k, v, log_decay, phase, initial_state, segment_ids):
     else:
         log_decay = jnp.zeros(q.shape[2], jnp.float32) if log_decay is None else log_decay
         out, state = _scalar(tokens, q, k, v, log_decay, initial_state, segment_ids)
-    state = state.reshape(*state.shape[:2], parts, wide, wide)[..., :K, :V]
+    state = state.reshape(*state.shape[:2], parts, wide_K, wide_V)[..., :K, :V]
     return out[:, :tokens, :, :V], state.reshape(*state.shape[:2], parts * K, V)
 
 
 def _pad(x, widths, **kw):
     return jnp.pad(x, widths, **kw) if any(w != (0, 0) for w in widths) else x
+
+
+def _spans(kind, q, blocks):
+    return choose_spans(kind, q.shape[0] * q.shape[2] * blocks.number, q.shape[1], blocks.width)
 
 
 @jax.custom_vjp
@@ -99,12 +100,15 @@ def _vector_values(q, k, v, log_decay, initial_state, documents, save):
     from linscale.kernels.linear_attention.pallas_gpu_vector import forward
     from linscale.kernels.linear_attention.pallas_gpu_vector_states import states
 
-    spans = choose_spans("vector", q.shape[0] * q.shape[2], q.shape[1])
+    blocks = Blocks.of(q.shape[-1], v.shape[-1])
+    named = {"blocks": blocks, "spans": _spans("vector", q, blocks), "documents": documents}
+    q, k, v, log_decay = blocks.split(q, k, v, log_decay)
+    initial_state = blocks.split_state(initial_state)
     before = None if initial_state is None else initial_state[:, None]
-    if spans > 1:
-        before = chain(initial_state, *states(k, v, log_decay, spans=spans, documents=documents))
-    out, after, *saved = forward(q, k, v, log_decay, before, spans=spans, save=save, documents=documents)
-    return out, after[:, -1], saved
+    if named["spans"] > 1:
+        before = chain(initial_state, *states(k, v, log_decay, **named))
+    out, after, *saved = forward(q, k, v, log_decay, before, save=save, **named)
+    return blocks.join_values(out), blocks.join_state(after[:, -1]), saved
 
 
 def _vector_forward(q, k, v, log_decay, initial_state, first):
@@ -122,14 +126,17 @@ def _vector_backward(residuals, cotangents):
     q, k, v, log_decay, states, scores, flags = residuals
     given, documents = (flag is not None for flag in flags)
     d_out, d_state = cotangents
-    spans = choose_spans("vector", q.shape[0] * q.shape[2], q.shape[1])
-    named = {"spans": spans, "documents": documents}
+    blocks = Blocks.of(q.shape[-1], v.shape[-1])
+    named = {"blocks": blocks, "spans": _spans("vector", q, blocks), "documents": documents}
+    q, k, v, log_decay, d_out = blocks.split(q, k, v, log_decay, d_out)
+    d_state = blocks.split_state(d_state)
     d_after = d_state[:, None]
-    if spans > 1:
+    if named["spans"] > 1:
         d_after = chain(d_state, *span_states(q, d_out, log_decay, reverse=True, **named), reverse=True)
     dv, grads, before = carry(q, k, d_out, log_decay, scores, d_after, **named)
-    dq, dk, d_log_decay = within(q, k, v, d_out, log_decay, states, grads, documents=documents)
-    return dq, dk, dv, d_log_decay, before[:, 0] if given else None, None
+    of_keys = within(q, k, v, d_out, log_decay, states, grads, blocks=blocks, documents=documents)
+    dq, dk, d_log_decay = map(blocks.join_keys, of_keys)
+    return dq, dk, blocks.join_values(dv), d_log_decay, blocks.join_state(before[:, 0]) if given else None, None
 
 
 _vector.defvjp(_vector_forward, _vector_backward)
@@ -141,21 +148,22 @@ def _scalar(tokens, q, k, v, log_decay, initial_state, segment_ids):
 
 
 def _scalar_values(tokens, q, k, v, log_decay, initial_state, segment_ids):
-    """out, the last state, and the state before each span (None where it is zero), in blocks of 128 channels."""
+    """out, the last state, and the state before each span by walks (None where it is zero)."""
     from linscale.kernels.linear_attention import pallas_gpu_scalar as kernels
 
     rate = _rate(log_decay)
-    blocks = Blocks(q.shape[-1])
+    blocks = Blocks.of(q.shape[-1], v.shape[-1])
+    spans = _spans("scalar", q, blocks)
     q, k, v = blocks.split(q, k, v)
-    spans = choose_spans("scalar", q.shape[0] * len(rate) * blocks.number**2, q.shape[1])
     docs = _documents(segment_ids, q, spans)
     initial_state = blocks.split_state(initial_state)
     before = None if initial_state is None else initial_state[:, None]
+    named = {"blocks": blocks, "tokens": tokens, "spans": spans}
     if spans > 1:
-        added = kernels.states(k, v, rate, docs, tokens=tokens, spans=spans)
+        added = kernels.states(k, v, rate, docs, **named)
         before = chain(initial_state, added, _survival(rate, docs, tokens, spans, blocks))
-    out, after = kernels.forward(q, k, v, rate, before, docs, tokens=tokens, spans=spans)
-    return blocks.join(out, over=OUTER), blocks.join_state(after[:, -1]), before
+    out, after = kernels.forward(q, k, v, rate, before, docs, **named)
+    return blocks.join_values(out), blocks.join_state(after[:, -1]), before
 
 
 def _scalar_forward(tokens, *args):
@@ -176,22 +184,24 @@ def _scalar_backward(tokens, residuals, cotangents):
     d_out = jnp.zeros(v.shape, v.dtype) if isinstance(d_out, SymbolicZero) else d_out.astype(v.dtype)
     d_state = None if isinstance(d_state, SymbolicZero) else d_state
     rate = _rate(log_decay)
-    blocks = Blocks(q.shape[-1])
+    blocks = Blocks.of(q.shape[-1], v.shape[-1])
+    spans = _spans("scalar", q, blocks)
     qs, ks, vs, ds = blocks.split(q, k, v, d_out)
-    spans = choose_spans("scalar", q.shape[0] * len(rate) * blocks.number**2, q.shape[1])
     docs = _documents(segment_ids, q, spans)
+    named = {"tokens": tokens, "spans": spans}
 
-    dq, _ = kernels.forward(ds, vs, ks, rate, blocks.turned(before), docs, tokens=tokens, spans=spans, final=False)
+    swapped = blocks.swapped
+    dq, _ = kernels.forward(ds, vs, ks, rate, blocks.turned(before), docs, blocks=swapped, final=False, **named)
 
     d_after = blocks.split_state(d_state)
     d_after = None if d_after is None else jnp.swapaxes(d_after, -1, -2)
     if spans == 1:
         d_after = None if d_after is None else d_after[:, None]
     else:
-        added = blocks.in_order(kernels.states(ds, qs, rate, docs, tokens=tokens, spans=spans, reverse=True))
+        added = swapped.in_order(kernels.states(ds, qs, rate, docs, blocks=swapped, reverse=True, **named))
         d_after = chain(d_after, added, _survival(rate, docs, tokens, spans, blocks), reverse=True)
     dk, dv, d_before = backward_kv(
-        qs, ks, vs, ds, rate, d_after, docs, tokens=tokens, spans=spans, initial=initial_state is not None
+        qs, ks, vs, ds, rate, d_after, docs, blocks=blocks, initial=initial_state is not None, **named
     )
     d_initial = None if initial_state is None else blocks.join_state(jnp.swapaxes(d_before[:, 0], -1, -2))
 
@@ -201,7 +211,7 @@ def _scalar_backward(tokens, residuals, cotangents):
         q, k, v, d_out = (x[:, :tokens].astype(jnp.float32) for x in (q, k, v, d_out))  # bfloat16: off by 1e-2
         (_, state), pullback = jax.vjp(lambda g: chunked.chunked(q, k, v, g, None, initial_state, ids), log_decay)
         (d_log_decay,) = pullback((d_out, jnp.zeros_like(state) if d_state is None else d_state))
-    dq, dk, dv = (blocks.join(x, over) for x, over in ((dq, OUTER), (dk, INNER), (dv, OUTER)))
+    dq, dk, dv = swapped.join_values(dq), blocks.join_keys(dk), blocks.join_values(dv)
     return dq, dk, dv, d_log_decay, d_initial, None
 
 
@@ -242,4 +252,4 @@ def _survival(rate, docs, tokens, spans, blocks):
     left = jnp.exp2(rate * here[:, None])[None]
     if docs is not None:
         left = left * docs[:, :, 4, 0].reshape(docs.shape[0], spans, -1).min(-1)[..., None]
-    return jnp.repeat(left, blocks.number**2, axis=2)
+    return jnp.repeat(left, blocks.number, axis=2)

@@ -12,6 +12,7 @@ import numpy as np
 from jax.custom_derivatives import SymbolicZero
 
 from linscale.kernels.linear_attention import chunked
+from linscale.kernels.linear_attention.pallas_gpu_blocks import Blocks
 from linscale.kernels.linear_attention.pallas_gpu_spans import chain, chunks_of_a_span
 from linscale.kernels.linear_attention.reference import document_starts
 from linscale.kernels.remat import kept
@@ -22,8 +23,8 @@ SURVIVES = 4  # the row of docs
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def on_chip(tokens, spans, q, k, v, phase, initial_state, segment_ids, docs):
-    """out and the state after `tokens` tokens, by one block of threads a head and span; docs as in pallas_gpu_scalar or
-    None.
+    """out and the state after `tokens` tokens, by one block of threads a walk of `Blocks` and span; docs as in
+    pallas_gpu_scalar or None.
 
     The kernels hold the state as cosines X and minus sines Y of the angles to each chunk's end.
     """
@@ -37,19 +38,23 @@ def _on_chip_forward(tokens, spans, *args):
     learned = () if getattr(args[3], "perturbed", False) else None
     args = jax.tree.map(lambda x: getattr(x, "value", x), args, is_leaf=lambda x: hasattr(x, "perturbed"))
     q, k, v, phase, initial_state, _, docs = args
-    factors, start = _tables(phase), None
+    blocks = Blocks.of(q.shape[-1], v.shape[-1])
+    theta, theta_of_walks = _by_blocks(phase, blocks)
+    factors, start = _tables(theta), None
+    q, k, v = blocks.split(q, k, v)
     if initial_state is not None:
-        start = jnp.stack(
-            [*_halves(initial_state * jnp.repeat(jnp.array([1.0, -1.0]), phase.shape[1])[:, None])], axis=2
-        )
+        even, odd = _halves(initial_state, blocks)
+        start = jnp.stack([even, -odd], axis=2)
+    asked = {"blocks": blocks, "spans": spans}
     if spans == 1:
         start = None if start is None else start[:, None]
     else:
-        start = _chain_turned(start, turned_states(k, v, *factors, docs, spans=spans), tokens, phase, docs)
-    out, state = turned_keys(q, k, v, *factors, start, docs, spans=spans)
+        start = _chain_turned(start, turned_states(k, v, *factors, docs, **asked), tokens, theta_of_walks, docs)
+    out, state = turned_keys(q, k, v, *factors, start, docs, **asked)
     x, y = state[:, -1, :, 0], state[:, -1, :, 1]
-    cos, sin = _angle(phase, _past_the_end(tokens, spans))
-    return (out, jnp.concatenate([cos * x - sin * y, -cos * y - sin * x], axis=2)), (*args, kept(start), learned)
+    cos, sin = _angle(theta_of_walks, _past_the_end(tokens, spans))
+    state = _whole(cos * x - sin * y, -cos * y - sin * x, blocks)
+    return (blocks.join_values(out), state), (*args, kept(start), learned)
 
 
 def _on_chip_backward(tokens, spans, residuals, cotangents):
@@ -59,37 +64,41 @@ def _on_chip_backward(tokens, spans, residuals, cotangents):
     q, k, v, phase, initial_state, segment_ids, docs, start, learned = residuals
     d_out, d_state = cotangents
     d_out = jnp.zeros(v.shape, v.dtype) if isinstance(d_out, SymbolicZero) else d_out.astype(v.dtype)
-    end = None
+    blocks, end = Blocks.of(q.shape[-1], v.shape[-1]), None
+    theta, theta_of_walks = _by_blocks(phase, blocks)
     if not isinstance(d_state, SymbolicZero):
-        even, odd = _halves(d_state)
-        cos, sin = _angle(phase, _past_the_end(tokens, spans) + 1)
+        even, odd = _halves(d_state, blocks)
+        cos, sin = _angle(theta_of_walks, _past_the_end(tokens, spans) + 1)
         end = jnp.stack([cos * even - sin * odd, sin * even + cos * odd], axis=2)
-    turned = lambda x: None if x is None else jnp.swapaxes(x, -1, -2)  # noqa: E731
-    table, turn = _tables(phase)
+    table, turn = _tables(theta)
     backwards = table[:, :, ::-1], turn
     sines = learned is not None and initial_state is None and end is None
+    qs, ks, vs, ds = blocks.split(q, k, v, d_out)
+    asked = {"blocks": blocks, "spans": spans}
     if spans == 1:
         end = None if end is None else end[:, None]
     else:
-        added = turned_states(q, d_out, *backwards, docs, spans=spans, reverse=True)
-        end = _chain_turned(end, added, tokens, phase, docs, reverse=True)
-    asked = {"spans": spans, "sines": sines}
-    dq, _, *q_sines = turned_values(d_out, v, k, table, turn, turned(start), docs, **asked)
-    dk, _, *k_sines = turned_values(v, d_out, q, *backwards, turned(end), docs, reverse=True, **asked)
-    dv, before = turned_keys(k, q, d_out, *backwards, end, docs, spans=spans, reverse=True)
+        added = turned_states(qs, ds, *backwards, docs, reverse=True, **asked)
+        end = _chain_turned(end, added, tokens, theta_of_walks, docs, reverse=True)
+    dv, before = turned_keys(ks, qs, ds, *backwards, end, docs, reverse=True, **asked)
+    swapped = blocks.swapped
+    asked = {"blocks": swapped, "spans": spans, "sines": sines}
+    dq, _, *q_sines = turned_values(ds, vs, ks, table, turn, blocks.turned(start), docs, **asked)
+    dk, _, *k_sines = turned_values(vs, ds, qs, *backwards, blocks.turned(end), docs, reverse=True, **asked)
+    dq, dk, *sines_of_both = (swapped.join_values(x) for x in (dq, dk, *q_sines, *k_sines))
     d_initial = None
     if initial_state is not None:
-        (cos, sin), x, y = _angle(phase, 1), before[:, 0, :, 0], before[:, 0, :, 1]
-        d_initial = jnp.concatenate([cos * x + sin * y, cos * y - sin * x], axis=2)
+        (cos, sin), x, y = _angle(theta_of_walks, 1), before[:, 0, :, 0], before[:, 0, :, 1]
+        d_initial = _whole(cos * x + sin * y, cos * y - sin * x, blocks)
     d_phase = None
     if sines:
-        d_phase = _phase_gradient(q, k, *q_sines, *k_sines, segment_ids)
+        d_phase = _phase_gradient(q, k, *sines_of_both, segment_ids)
     elif learned is not None:
         q, k, v, d_out = (x[:, :tokens] for x in (q, k, v, d_out))
         ids = None if segment_ids is None else segment_ids[:, :tokens]
         cotangents = d_out, None if isinstance(d_state, SymbolicZero) else d_state
         d_phase = _phase_gradient_by_xla(phase, q, k, v, initial_state, ids, cotangents)
-    return dq, dk, dv, d_phase, d_initial, None, None
+    return dq, dk, blocks.join_values(dv), d_phase, d_initial, None, None
 
 
 def _phase_gradient(q, k, q_sines, k_sines, segment_ids):
@@ -119,10 +128,10 @@ def _past_the_end(tokens, spans):
 
 
 def _chain_turned(state, added, tokens, phase, docs, reverse=False):
-    """The state before each span [B,N,H,2,K,V] (with `reverse` after it); a state X + iY is turned by e^-i angle."""
+    """The state before each span [B,N,walks,2,K,V] (with `reverse` after it); a state X + iY is turned by e^-i angle."""
     spans = added.shape[1]
     cos, sin = _angle(phase, chunks_of_a_span(tokens, spans) * C)
-    left = (cos - 1j * sin)[None, None, :, :, 0]  # [1,1,H,K]
+    left = (cos - 1j * sin)[None, None, :, :, 0]  # [1,1,walks,K]
     if docs is not None:
         survives = docs[:, :, SURVIVES, 0].reshape(docs.shape[0], spans, -1).min(-1)
         left = left * survives[..., None, None]
@@ -132,8 +141,19 @@ def _chain_turned(state, added, tokens, phase, docs, reverse=False):
     return jnp.stack([states.real, states.imag], axis=-3)
 
 
-def _halves(state):
-    return jnp.split(state, 2, axis=2)
+def _halves(state, blocks):
+    """[B,H,2K,V] -> two of [B,walks,K,V]."""
+    return [blocks.split_state(half) for half in jnp.split(state, 2, axis=2)]
+
+
+def _whole(even, odd, blocks):
+    return jnp.concatenate([blocks.join_state(half) for half in (even, odd)], axis=2)
+
+
+def _by_blocks(phase, blocks):
+    """theta of each block of key channels [H keys,K], and of each walk [walks,K]."""
+    theta = phase.reshape(-1, blocks.width)
+    return theta, jnp.repeat(theta, blocks.values, axis=0)
 
 
 def _tables(phase):

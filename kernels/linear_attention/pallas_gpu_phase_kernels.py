@@ -53,7 +53,7 @@ def _causal(scores, reverse, doc_s):
     return on_scores.within(scores, load(doc_s.at[EDGE], ROWS.reduce(1)).astype(F32), reverse).astype(BF)
 
 
-def _sweep(q, k, v, table, turn, initial, docs, spans, reverse, stages, make, sines=False):
+def _sweep(q, k, v, table, turn, initial, docs, blocks, spans, reverse, stages, make, sines=False):
     """What both kernels share: arguments, the ring of q, k, v, the state in two parts X, Y and its turning.
 
     make(refs, barriers, warpgroup, (X, Y), reverse, release, cut) -> out, X, Y of one chunk, X and Y not turned yet; it
@@ -61,9 +61,10 @@ def _sweep(q, k, v, table, turn, initial, docs, spans, reverse, stages, make, si
     what the chunk reads of the state, what it adds, and what is left of it. With `sines` it returns (out, the same with
     sines) for out.
     """
-    B, T, H, _ = q.shape
+    B, T = q.shape[:2]
+    walks, V = q.shape[2] * blocks.values, v.shape[-1]
     keys_turn = make is _keys_chunk
-    half = v.shape[-1] // 2
+    half = V // 2
     height = k.shape[-1]  # of each part of the state
     walk = Walk(T, spans)
     chunks = walk.chunks
@@ -82,6 +83,8 @@ def _sweep(q, k, v, table, turn, initial, docs, spans, reverse, stages, make, si
             *([None, None] if not documents else []),
         )
         b, span, h, wg = (lax.axis_index(a) for a in ("b", "n", "h", "wg"))
+        _, key, value = blocks.places(h)
+        turning = key if keys_turn else value
         mine = pl.ds(wg * half, half)
 
         @pl.when(wg < 2)
@@ -140,7 +143,7 @@ def _sweep(q, k, v, table, turn, initial, docs, spans, reverse, stages, make, si
                     plgpu.copy_smem_to_gmem(sine_s, sine_g.at[b, pl.ds(start, C), h, mine])
                 return X, Y, Zero.next(zero, t)
 
-            X, Y, _ = lax.fori_loop(0, chunks, chunk, (X, Y, Zero.start(turn_g[h, 0, 0])))
+            X, Y, _ = lax.fori_loop(0, chunks, chunk, (X, Y, Zero.start(turn_g[turning, 0, 0])))
             final_g.at[b, span, h, 0, :, mine][...] = X
             final_g.at[b, span, h, 1, :, mine][...] = Y
             if keys_turn:
@@ -149,15 +152,15 @@ def _sweep(q, k, v, table, turn, initial, docs, spans, reverse, stages, make, si
 
         @pl.when(wg == 2)
         def _producer():
-            fetch_tables(table_g, turn_g, h, cos_s, sin_s, turn_s, tables)
+            fetch_tables(table_g, turn_g, turning, cos_s, sin_s, turn_s, tables)
 
             def fetch(t, slot):
                 start = walk.start(span, t, reverse)
                 at = pl.ds(start, C)
-                plgpu.copy_gmem_to_smem(q_g.at[b, at, h], q_s.at[slot], full.at[slot])
-                plgpu.copy_gmem_to_smem(k_g.at[b, at, h], k_s.at[slot], full.at[slot])
+                plgpu.copy_gmem_to_smem(q_g.at[b, at, key], q_s.at[slot], full.at[slot])
+                plgpu.copy_gmem_to_smem(k_g.at[b, at, key], k_s.at[slot], full.at[slot])
                 for w in range(2):
-                    source = v_g.at[b, at, h, pl.ds(w * half, half)]
+                    source = v_g.at[b, at, value, pl.ds(w * half, half)]
                     plgpu.copy_gmem_to_smem(source, v_s.at[slot, w], full.at[slot])
                 if documents:
                     plgpu.copy_gmem_to_smem(docs_g.at[b, start // C], docs_s.at[slot], full.at[slot])
@@ -179,13 +182,12 @@ def _sweep(q, k, v, table, turn, initial, docs, spans, reverse, stages, make, si
     ]
     if documents:
         scratch += [plgpu.Barrier(num_arrivals=2), plgpu.SMEM((stages, 4, C), BF)]
-    out_type = [jax.ShapeDtypeStruct(v.shape, BF), jax.ShapeDtypeStruct((B, spans, H, 2, height, v.shape[-1]), F32)]
-    if sines:
-        out_type.append(jax.ShapeDtypeStruct(v.shape, BF))
+    out = jax.ShapeDtypeStruct((B, T, walks, V), BF)
+    out_type = [out, jax.ShapeDtypeStruct((B, spans, walks, 2, height, V), F32), *([out] if sines else [])]
     docs = rows_read(docs, reverse)
     inputs = [x for x in (q, k, v, table, turn, initial, docs) if x is not None]
     name = "linear_attention_turned_" + ("keys" if keys_turn else "values")
-    return call(body, name, out_type, scratch, (B, spans, H))(*inputs)
+    return call(body, name, out_type, scratch, (B, spans, walks))(*inputs)
 
 
 def _cut(doc_s, survives, wg, both, rows_of):
@@ -215,29 +217,29 @@ def rows_read(docs, reverse):
     return (docs[:, :, LAST:] if reverse else jnp.delete(docs, LAST, axis=2)).astype(BF)
 
 
-def fetch_tables(table_g, turn_g, h, cos_s, sin_s, turn_s, arrived):
-    """A head's factors, once; three copies arrive."""
+def fetch_tables(table_g, turn_g, place, cos_s, sin_s, turn_s, arrived):
+    """The factors of a block of channels, once; three copies arrive."""
     for part, target in enumerate((cos_s, sin_s)):
-        plgpu.copy_gmem_to_smem(table_g.at[part, h], target, arrived)
-    plgpu.copy_gmem_to_smem(turn_g.at[h], turn_s, arrived)
+        plgpu.copy_gmem_to_smem(table_g.at[part, place], target, arrived)
+    plgpu.copy_gmem_to_smem(turn_g.at[place], turn_s, arrived)
 
 
-def turned_keys(q, k, v, table, turn, initial, docs, *, spans=1, reverse=False, stages=2):
-    """out [B,T,H,V] and the state after each span [B,N,H,2,K,V] (before each with `reverse`).
+def turned_keys(q, k, v, table, turn, initial, docs, *, blocks, spans=1, reverse=False, stages=2):
+    """out [B,T,walks,V] and the state after each span [B,N,walks,2,K,V] (before each with `reverse`).
 
-    q, k [B,T,H,K], v [B,T,H,V] bfloat16; table [2,H,C,K] bfloat16, turn [H,2,K] float32: see pallas_gpu_phase.tables;
-    initial [B,N,H,2,K,V] float32 or None; docs [B,chunks,5,C] float32 or None.
+    q, k, v bfloat16, [B,T,H blocks,.], and walks as in `Blocks`; table [2,H blocks,C,K] bfloat16, turn [H blocks,2,K]
+    float32: see pallas_gpu_phase._tables; initial [B,N,walks,2,K,V] float32 or None; docs [B,chunks,5,C] float32 or None.
     """
-    return _sweep(q, k, v, table, turn, initial, docs, spans, reverse, stages, _keys_chunk)
+    return _sweep(q, k, v, table, turn, initial, docs, blocks, spans, reverse, stages, _keys_chunk)
 
 
-def turned_values(a, b, w, table, turn, initial, docs, *, spans=1, reverse=False, sines=False, stages=2):
-    """out [B,T,H,K] and the state [B,N,H,2,V,K]; a, b [B,T,H,V], w [B,T,H,K]. Otherwise as `turned_keys`.
+def turned_values(a, b, w, table, turn, initial, docs, *, blocks, spans=1, reverse=False, sines=False, stages=2):
+    """out [B,T,walks,K] and the state [B,N,walks,2,V,K]; a and b have V channels, w has K. Otherwise as `turned_keys`.
 
     sines: a third result like out, with sin(|t-s| theta_c) for the cosine.
     """
     make = functools.partial(_values_chunk, sines=sines)
-    return _sweep(a, b, w, table, turn, initial, docs, spans, reverse, stages, make, sines)
+    return _sweep(a, b, w, table, turn, initial, docs, blocks, spans, reverse, stages, make, sines)
 
 
 def _keys_chunk(refs, barriers, wg, state, reverse, release, cut):

@@ -20,13 +20,13 @@ from linscale.kernels.linear_attention.pallas_gpu_phase_kernels import (
 from linscale.kernels.linear_attention.pallas_gpu_scalar import BF, F32, ROWS, C, Walk, call, load, ring, tiles
 
 
-def turned_states(k, v, table, turn, docs, *, spans, reverse=False, stages=4):
-    """What each span adds to a state that enters it as zero [B,N,H,2,K,V]; arguments as for `turned_keys`.
+def turned_states(k, v, table, turn, docs, *, blocks, spans, reverse=False, stages=4):
+    """What each span adds to a state that enters it as zero [B,N,walks,2,K,V]; arguments as for `turned_keys`.
 
     Each computing warpgroup owns 64 key channels, so that they never wait for each other.
     """
-    B, T, H, K = k.shape
-    V, part = v.shape[-1], 64
+    (B, T, _, K), V, part = k.shape, v.shape[-1], 64
+    walks = k.shape[2] * blocks.values
     pieces = K // part
     walk = Walk(T, spans)
     stages = min(stages, walk.chunks)
@@ -74,12 +74,13 @@ def turned_states(k, v, table, turn, docs, *, spans, reverse=False, stages=4):
 
         @pl.when(wg == pieces)
         def _producer():
-            fetch_tables(table_g, turn_g, h, cos_s, sin_s, turn_s, tables)
+            _, key, value = blocks.places(h)
+            fetch_tables(table_g, turn_g, key, cos_s, sin_s, turn_s, tables)
 
             def fetch(t, slot):
                 start = walk.start(span, t, reverse)
-                for source, target in ((k_g, k_s), (v_g, v_s)):
-                    plgpu.copy_gmem_to_smem(source.at[b, pl.ds(start, C), h], target.at[slot], full.at[slot])
+                for g, s, place in ((k_g, k_s, key), (v_g, v_s, value)):
+                    plgpu.copy_gmem_to_smem(g.at[b, pl.ds(start, C), place], s.at[slot], full.at[slot])
                 if documents:
                     plgpu.copy_gmem_to_smem(docs_g.at[b, start // C], docs_s[0].at[slot], full.at[slot])
 
@@ -95,6 +96,6 @@ def turned_states(k, v, table, turn, docs, *, spans, reverse=False, stages=4):
     ]
     if documents:
         scratch.append(plgpu.SMEM((stages, 4, C), BF))
-    out_type = jax.ShapeDtypeStruct((B, spans, H, 2, K, V), F32)
+    out_type = jax.ShapeDtypeStruct((B, spans, walks, 2, K, V), F32)
     inputs = [x for x in (k, v, table, turn, rows_read(docs, reverse)) if x is not None]
-    return call(body, "linear_attention_turned_states", out_type, scratch, (B, spans, H), pieces)(*inputs)
+    return call(body, "linear_attention_turned_states", out_type, scratch, (B, spans, walks), pieces)(*inputs)

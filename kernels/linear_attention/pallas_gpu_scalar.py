@@ -12,7 +12,7 @@ Tokens past the end are read as zeros and not written (the copy engine clips), s
 `tokens` says how many of them there really are.
 
 The state of a head of 256 channels fits no block of threads: its keys and values are cut into blocks of 128, each pair of
-which is one walk of its own, and what pairs give to one block is summed by the caller (`Heads`).
+which is one walk of its own, and what pairs give to one block is summed by the caller (`pallas_gpu_blocks`).
 
 Letters: B batch, T tokens, H heads, K key channels, V value channels, N spans, C tokens of a chunk.
 """
@@ -123,32 +123,14 @@ class Walk:
         return jnp.maximum(self.length(start) - 1.0 - iota(shape, 0), 0.0)
 
 
-class Heads:
-    """Heads in blocks of channels: q, k [B,T,H x keys,K], v [B,T,H x values,V]; a walk for each (head, key, value)."""
-
-    def __init__(self, q, v, rate):
-        (number,) = rate.shape
-        self.keys, self.values = q.shape[2] // number, v.shape[2] // number
-        self.walks = number * self.keys * self.values
-
-    def places(self, walk):
-        """The numbers of its head, of its block of keys and of its block of values, each among all there are."""
-        if self.keys == self.values == 1:
-            return walk, walk, walk
-        keys, values = jnp.int32(self.keys), jnp.int32(self.values)
-        key = lax.div(walk, values)
-        head = lax.div(key, keys)
-        return head, key, head * values + lax.rem(walk, values)
-
-
-def forward(q, k, v, rate, initial, docs, *, tokens=None, spans=1, final=True, stages=3):
+def forward(q, k, v, rate, initial, docs, *, blocks, tokens=None, spans=1, final=True, stages=3):
     """out [B,T,walks,V] and the state at the end of each span [B,N,walks,K,V] (None unless `final`).
 
-    q, k, v bfloat16 and walks as in `Heads`; rate [H] = log2 of the decay; initial [B,N,walks,K,V] or None; docs
+    q, k, v bfloat16, [B,T,H blocks,.], and walks as in `Blocks`; rate [H] = log2 of the decay; initial [B,N,walks,K,V] or None; docs
     [B,chunks,5,C] or None. The backward pass calls it with (do, v, k) for dq.
     """
     (B, T, _, K), V = q.shape, v.shape[-1]
-    heads = Heads(q, v, rate)
+    walks = q.shape[2] * blocks.values
     half = V // 2
     walk = Walk(tokens or T, spans)
     stages = min(stages, walk.chunks)
@@ -167,7 +149,7 @@ def forward(q, k, v, rate, initial, docs, *, tokens=None, spans=1, final=True, s
         @pl.when(wg < 2)
         def _compute():
             plgpu.set_max_registers(232, action="increase")
-            r = rate_g[heads.places(h)[0]]
+            r = rate_g[blocks.places(h)[0]]
             age = iota((C, C), 0) - iota((C, C), 1)
             mask = jnp.where(age >= 0, jnp.exp2(r * jnp.maximum(age, 0.0)), 0.0)
             mine = pl.ds(wg * half, half)
@@ -227,7 +209,7 @@ def forward(q, k, v, rate, initial, docs, *, tokens=None, spans=1, final=True, s
 
         @pl.when(wg == 2)
         def _producer():
-            _, key, value = heads.places(h)
+            _, key, value = blocks.places(h)
 
             def fetch(t, slot):
                 start = walk.start(span, t)
@@ -242,9 +224,9 @@ def forward(q, k, v, rate, initial, docs, *, tokens=None, spans=1, final=True, s
 
             ring(fetch, walk.chunks, stages, empty)
 
-    out_type = [jax.ShapeDtypeStruct((B, T, heads.walks, V), BF)]
+    out_type = [jax.ShapeDtypeStruct((B, T, walks, V), BF)]
     if final:
-        out_type.append(jax.ShapeDtypeStruct((B, spans, heads.walks, K, V), F32))
+        out_type.append(jax.ShapeDtypeStruct((B, spans, walks, K, V), F32))
     scratch = [
         plgpu.SMEM((stages, C, K), BF, transforms=tiles(half)),
         plgpu.SMEM((stages, C, K), BF, transforms=tiles(half)),
@@ -258,18 +240,18 @@ def forward(q, k, v, rate, initial, docs, *, tokens=None, spans=1, final=True, s
     if documents:
         scratch.append(plgpu.SMEM((stages, 5, C), F32))
     inputs = [x for x in (q, k, v, rate, initial, docs) if x is not None]
-    out = call(body, "linear_attention_forward", out_type, scratch, (B, spans, heads.walks))(*inputs)
+    out = call(body, "linear_attention_forward", out_type, scratch, (B, spans, walks))(*inputs)
     return out[0], out[1] if final else None
 
 
-def states(k, v, rate, docs, *, tokens=None, spans, reverse=False, stages=4):
+def states(k, v, rate, docs, *, blocks, tokens=None, spans, reverse=False, stages=4):
     """What each span adds to a state that enters it as zero: [B,N,walks,K,V].
 
     Forward: sum over the span of decay^(tokens to its end) k v^T. Reverse, with (q, do) for (k, v):
     decay^(tokens from before its start), what the backward pass carries towards the start.
     """
     (B, T, _, K), V = k.shape, v.shape[-1]
-    heads = Heads(k, v, rate)
+    walks = k.shape[2] * blocks.values
     half = V // 2
     walk = Walk(tokens or T, spans)
     stages = min(stages, walk.chunks)
@@ -285,7 +267,7 @@ def states(k, v, rate, docs, *, tokens=None, spans, reverse=False, stages=4):
         @pl.when(wg < 2)
         def _compute():
             plgpu.set_max_registers(232, action="increase")
-            r = rate_g[heads.places(h)[0]]
+            r = rate_g[blocks.places(h)[0]]
 
             def chunk(t, S):
                 slot = lax.rem(t, jnp.int32(stages))
@@ -312,7 +294,7 @@ def states(k, v, rate, docs, *, tokens=None, spans, reverse=False, stages=4):
 
         @pl.when(wg == 2)
         def _producer():
-            _, key, value = heads.places(h)
+            _, key, value = blocks.places(h)
 
             def fetch(t, slot):
                 start = walk.start(span, t, reverse)
@@ -335,9 +317,9 @@ def states(k, v, rate, docs, *, tokens=None, spans, reverse=False, stages=4):
     ]
     if documents:
         scratch.append(plgpu.SMEM((stages, 5, C), F32))
-    out_type = jax.ShapeDtypeStruct((B, spans, heads.walks, K, V), F32)
+    out_type = jax.ShapeDtypeStruct((B, spans, walks, K, V), F32)
     inputs = [x for x in (k, v, rate, docs) if x is not None]
-    return call(body, "linear_attention_states", out_type, scratch, (B, spans, heads.walks))(*inputs)
+    return call(body, "linear_attention_states", out_type, scratch, (B, spans, walks))(*inputs)
 
 
 def call(body, name, out_type, scratch, grid, computing=2):

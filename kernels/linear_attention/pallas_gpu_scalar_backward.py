@@ -21,7 +21,6 @@ from linscale.kernels.linear_attention.pallas_gpu_scalar import (
     ROWS,
     SURVIVES,
     C,
-    Heads,
     Walk,
     Zero,
     along_columns,
@@ -35,7 +34,7 @@ from linscale.kernels.linear_attention.pallas_gpu_scalar import (
 )
 
 
-def backward_kv(q, k, v, do, rate, final, docs, *, tokens=None, spans=1, initial=True, stages=2):
+def backward_kv(q, k, v, do, rate, final, docs, *, blocks, tokens=None, spans=1, initial=True, stages=2):
     """dk, dv [B,T,walks,.] and, if `initial`, the gradient of the state before each span, transposed [B,N,walks,V,K].
 
     One sweep from the end. G [V,K] = sum of decay do q^T over later tokens serves both: dk reads G, dv its transpose.
@@ -43,7 +42,7 @@ def backward_kv(q, k, v, do, rate, final, docs, *, tokens=None, spans=1, initial
     copy. final [B,N,walks,V,K]: the gradient of the state after each span, transposed, or None.
     """
     (B, T, _, K), V = q.shape, v.shape[-1]
-    heads = Heads(q, v, rate)
+    walks = q.shape[2] * blocks.values
     half = K // 2
     walk = Walk(tokens or T, spans)
     stages = min(stages, walk.chunks)
@@ -62,7 +61,7 @@ def backward_kv(q, k, v, do, rate, final, docs, *, tokens=None, spans=1, initial
         def compute(w):  # w is a Python int: each warpgroup has its own code
             width = (K, V)[w] // 2  # the output is made in two halves
             plgpu.set_max_registers(232, action="increase")
-            r = rate_g[heads.places(h)[0]]
+            r = rate_g[blocks.places(h)[0]]
             age = iota((C, C), 1) - iota((C, C), 0)
             m_s[...] = jnp.where(age >= 0, jnp.exp2(r * jnp.maximum(age, 0.0)), 0.0)  # both write the same values
             mine = pl.ds(w * half, half)
@@ -146,7 +145,7 @@ def backward_kv(q, k, v, do, rate, final, docs, *, tokens=None, spans=1, initial
 
         @pl.when(wg == 2)
         def _producer():
-            _, key, value = heads.places(h)
+            _, key, value = blocks.places(h)
 
             def fetch(t, slot):
                 start = walk.start(span, t, reverse=True)
@@ -161,9 +160,9 @@ def backward_kv(q, k, v, do, rate, final, docs, *, tokens=None, spans=1, initial
     def ring_of(columns):
         return plgpu.SMEM((stages, C, columns), BF, transforms=tiles(half))
 
-    out_type = [jax.ShapeDtypeStruct((B, T, heads.walks, x), BF) for x in (K, V)]
+    out_type = [jax.ShapeDtypeStruct((B, T, walks, x), BF) for x in (K, V)]
     if initial:
-        out_type.append(jax.ShapeDtypeStruct((B, spans, heads.walks, V, K), F32))
+        out_type.append(jax.ShapeDtypeStruct((B, spans, walks, V, K), F32))
     scratch = [
         *(ring_of(K), ring_of(K), ring_of(V), ring_of(V)),
         plgpu.SMEM((2, C, half), BF, transforms=tiles(half)),
@@ -179,5 +178,5 @@ def backward_kv(q, k, v, do, rate, final, docs, *, tokens=None, spans=1, initial
     if documents:
         scratch.append(plgpu.SMEM((stages, 4, C), F32))
     inputs = [x for x in (q, k, v, do, rate, final, docs) if x is not None]
-    out = call(body, "linear_attention_backward", out_type, scratch, (B, spans, heads.walks))(*inputs)
+    out = call(body, "linear_attention_backward", out_type, scratch, (B, spans, walks))(*inputs)
     return out[0], out[1], out[2] if initial else None

@@ -10,38 +10,49 @@ import jax.numpy as jnp
 
 from linscale.kernels.hopper import MULTIPROCESSORS
 
-# Microseconds on an H100 with 128 channels, of experiments/kernels/reports/2026-11-26_h100_kernels.md.
-TENSOR = 0.0056  # memory's time for a chunk of one tensor, 64 tokens of a head in bfloat16
-OPERATIONS = 4.0  # more to launch, if the sequence is cut
-COSTS = {  # a chunk on one multiprocessor where memory keeps up: (to give out, to give what a span adds); tensors as
-    "scalar": (1.95, 0.5, 4),  # large as a float32 state
-    "vector": (5.1, 1.9, 4),
-    "phase": (3.7, 1.7, 8),
+# Of experiments/kernels/reports/2026-11-26_h100_kernels.md and 2026-11-27_h200_kernels.md, in microseconds.
+MEMORY = {"H100": 0.0056, "H200": 0.0040}  # a chunk of one tensor: 64 tokens of a head of 128 channels in bfloat16
+OPERATIONS = 5.0  # more to launch, if a sequence of 128 channels is cut; of 64 what the gradients gain outweighs them
+COSTS = {  # a chunk on one multiprocessor where memory keeps up: (to give out, to give what a span adds), by channels
+    64: {"scalar": (0.91, 0.73), "vector": (2.65, 1.46), "phase": (1.93, 0.82)},
+    128: {"scalar": (1.85, 0.4), "vector": (4.95, 1.9), "phase": (3.7, 1.6)},
 }
 
 
-def choose_spans(kind: str, rows: int, tokens: int) -> int:
-    """How many spans to cut a sequence into, for `rows` = batch x heads: one, or what fills the chip once or twice."""
+def choose_spans(kind: str, rows: int, tokens: int, channels: int = 128, card: str | None = None) -> int:
+    """How many spans to cut a sequence into, for `rows` = batch x heads: one, or what fills the chip once or twice.
+
+    channels: 64 or 128, of keys and of values. card: its `device_kind`; None: the card that is here.
+    """
+    card = jax.devices()[0].device_kind if card is None else card
     chunks = -(-tokens // 64)
     least, best = math.inf, 1
     for full in (rows, MULTIPROCESSORS, 2 * MULTIPROCESSORS):
         spans = max(1, min(chunks // 8, full // rows))
         spans = -(-chunks // -(-chunks // spans))  # no span without a chunk
-        time = _microseconds(kind, rows * spans, -(-chunks // spans), cut=spans > 1)
+        time = _microseconds(kind, rows * spans, -(-chunks // spans), channels, card, cut=spans > 1)
         if time < least:
             least, best = time, spans
     return best
 
 
-def _microseconds(kind, blocks, chunks, cut):
+def _microseconds(kind, blocks, chunks, channels, card, cut):
     """Of the forward pass, by `blocks` blocks of threads that each walk `chunks` chunks."""
-    out, added, state = COSTS[kind]
+    out, added = COSTS[channels][kind]
+    state = channels / 32 * (2 if kind == "phase" else 1)  # in float32, in tensors of a chunk
     waves = -(-blocks // MULTIPROCESSORS)
-    memory = blocks * TENSOR
+    memory = blocks * _memory(card) * channels / 128
     time = chunks * max(waves * out, 4 * memory)  # q, k, v and out
-    if cut:  # two of them again; the states are written and read, and once more to chain them
-        time += chunks * max(waves * added, 2 * memory) + 4 * state * memory + OPERATIONS
+    if cut:  # two of them again
+        time += chunks * max(waves * added, 2 * memory)
+        if channels == 128:  # states are written and read, and once more to chain them; smaller ones stay in the cache
+            time += 4 * state * memory + OPERATIONS
     return time
+
+
+def _memory(card):
+    """An unknown card's memory counts as an H100's, the slower one."""
+    return next((time for name, time in MEMORY.items() if name in card.split()), MEMORY["H100"])
 
 
 def chunks_of_a_span(tokens: int, spans: int) -> int:

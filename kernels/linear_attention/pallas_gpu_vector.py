@@ -32,15 +32,15 @@ from linscale.kernels.linear_attention.pallas_gpu_scalar import (
 )
 
 
-def forward(q, k, v, log_decay, initial, *, spans=1, save=False, documents=False, stages=2):
-    """out [B,T,H,V], the state after each span [B,N,H,K,V]; with `save` what the backward pass needs, else None twice:
-    the state before each chunk [B,chunks,H,K,V] and the scores [B,chunks,H,C,C], bfloat16.
+def forward(q, k, v, log_decay, initial, *, blocks, spans=1, save=False, documents=False, stages=2):
+    """out [B,T,walks,V], the state after each span [B,N,walks,K,V]; with `save` what the backward pass needs, else None
+    twice: the state before each chunk [B,chunks,walks,K,V] and the scores [B,chunks,walks,C,C], bfloat16.
 
-    k may be None: 1 - exp(log_decay). log_decay float32 or bfloat16, with first tokens marked if there are `documents`;
-    initial [B,N,H,K,V] or None.
+    q, k, v [B,T,H blocks,.] and walks as in `Blocks`. k may be None: 1 - exp(log_decay). log_decay float32 or bfloat16,
+    with first tokens marked if there are `documents`; initial [B,N,walks,K,V] or None.
     """
-    B, T, H, K = q.shape
-    V = v.shape[-1]
+    (B, T, _, K), V = q.shape, v.shape[-1]
+    walks = q.shape[2] * blocks.values
     half = V // 2
     walk = Walk(T, spans)
     start_state = initial is not None
@@ -68,6 +68,7 @@ def forward(q, k, v, log_decay, initial, *, spans=1, save=False, documents=False
         states_g, scores_g = (refs.pop(0), refs.pop(0)) if save else (None, None)
         q_s, v_s, g_s, k_s, x16_s, x32_s, s_s, o_s, tile_s, whole_s, total_s, full, empty, ready, free, *p_s = refs
         b, span, h, wg = (lax.axis_index(a) for a in ("b", "n", "h", "wg"))
+        _, key, value = blocks.places(h)
 
         def weigh(slot, wg, zero):
             """Weights this warpgroup's channels; returns its share of the scores inside tiles of 16, [64,16]."""
@@ -164,7 +165,7 @@ def forward(q, k, v, log_decay, initial, *, spans=1, save=False, documents=False
 
                 return S, Zero.next(zero, t)
 
-            start = Zero.start(g_g[b, 0, h, 0].astype(F32))
+            start = Zero.start(g_g[b, 0, key, 0].astype(F32))
             S, _ = lax.fori_loop(0, walk.chunks, chunk, (S, start))
             final_g.at[b, span, h, :, values][...] = S
             plgpu.barrier_wait(free)
@@ -174,12 +175,12 @@ def forward(q, k, v, log_decay, initial, *, spans=1, save=False, documents=False
         def _producer():
             def fetch(t, slot):
                 at = pl.ds(walk.start(span, t), C)
-                plgpu.copy_gmem_to_smem(g_g.at[b, at, h], g_s.at[slot], full.at[slot])
-                plgpu.copy_gmem_to_smem(q_g.at[b, at, h], q_s.at[slot], full.at[slot])
+                plgpu.copy_gmem_to_smem(g_g.at[b, at, key], g_s.at[slot], full.at[slot])
+                plgpu.copy_gmem_to_smem(q_g.at[b, at, key], q_s.at[slot], full.at[slot])
                 if not tied:
-                    plgpu.copy_gmem_to_smem(k_g.at[b, at, h], k_s.at[slot], full.at[slot])
+                    plgpu.copy_gmem_to_smem(k_g.at[b, at, key], k_s.at[slot], full.at[slot])
                 for w in range(2):
-                    source = v_g.at[b, at, h, pl.ds(w * half, half)]
+                    source = v_g.at[b, at, value, pl.ds(w * half, half)]
                     plgpu.copy_gmem_to_smem(source, v_s.at[slot, w], full.at[slot])
 
             ring(fetch, walk.chunks, stages, empty)
@@ -202,10 +203,10 @@ def forward(q, k, v, log_decay, initial, *, spans=1, save=False, documents=False
         plgpu.Barrier(num_arrivals=2),
         plgpu.Barrier(num_arrivals=2),
     ]
-    out_type = [jax.ShapeDtypeStruct(v.shape, BF), jax.ShapeDtypeStruct((B, spans, H, K, V), F32)]
+    out_type = [jax.ShapeDtypeStruct((B, T, walks, V), BF), jax.ShapeDtypeStruct((B, spans, walks, K, V), F32)]
     if save:
-        out_type += [jax.ShapeDtypeStruct((B, spans * walk.chunks, H, *x), BF) for x in ((K, V), (C, C))]
+        out_type += [jax.ShapeDtypeStruct((B, spans * walk.chunks, walks, *x), BF) for x in ((K, V), (C, C))]
         scratch.append(plgpu.SMEM((C, C), BF, **low))
     inputs = [x for x in (q, k, v, log_decay, initial) if x is not None]
-    out = call(body, "linear_attention_vector_forward", out_type, scratch, (B, spans, H))(*inputs)
+    out = call(body, "linear_attention_vector_forward", out_type, scratch, (B, spans, walks))(*inputs)
     return *out[:2], *(out[2:] if save else (None, None))

@@ -50,16 +50,16 @@ from linscale.kernels.linear_attention.pallas_gpu_scalar import (
 from linscale.kernels.linear_attention.pallas_gpu_scalar import tiles as wide_tiles
 
 
-def carry(q, k, do, log_decay, scores, after, *, spans=1, documents=False, stages=2):
-    """dv [B,T,H,V], the gradient of the state after each chunk [B,chunks,H,K,V] bfloat16 and of the state before each
-    span [B,N,H,K,V] float32.
+def carry(q, k, do, log_decay, scores, after, *, blocks, spans=1, documents=False, stages=2):
+    """dv [B,T,walks,V], the gradient of the state after each chunk [B,chunks,walks,K,V] bfloat16 and of the state before
+    each span [B,N,walks,K,V] float32.
 
-    k may be None: 1 - exp(log_decay), in which first tokens are marked if there are `documents`. scores [B,chunks,H,C,C] from the forward kernel; after [B,N,H,K,V] or None: the
-    gradient of the state after each span. Each computing warpgroup weights half of the key channels and owns half of
+    k may be None: 1 - exp(log_decay), in which first tokens are marked if there are `documents`. scores
+    [B,chunks,walks,C,C] from the forward kernel; after [B,N,walks,K,V] or None: the gradient of the state after each span. Each computing warpgroup weights half of the key channels and owns half of
     the value channels.
     """
-    B, T, H, K = q.shape
-    V = do.shape[-1]
+    (B, T, _, K), V = q.shape, do.shape[-1]
+    walks = q.shape[2] * blocks.values
     half = V // 2
     walk = Walk(T, spans)
     tied, end_state, parts = k is None, after is not None, K // 2 // SLICE
@@ -136,13 +136,15 @@ def carry(q, k, do, log_decay, scores, after, *, spans=1, documents=False, stage
 
         @pl.when(wg == 2)
         def _producer():
+            _, key, value = blocks.places(h)
+
             def fetch(t, slot):
                 start = walk.start(span, t, reverse=True)
                 at = pl.ds(start, C)
                 for source, target in ((g_g, g_s), (q_g, q_s), *([] if tied else [(k_g, k_s)])):
-                    plgpu.copy_gmem_to_smem(source.at[b, at, h], target.at[slot], full.at[slot])
+                    plgpu.copy_gmem_to_smem(source.at[b, at, key], target.at[slot], full.at[slot])
                 for w in range(2):
-                    source = do_g.at[b, at, h, pl.ds(w * half, half)]
+                    source = do_g.at[b, at, value, pl.ds(w * half, half)]
                     plgpu.copy_gmem_to_smem(source, do_s.at[slot, w], full.at[slot])
                 plgpu.copy_gmem_to_smem(scores_g.at[b, start // C, h], p_s.at[slot], full.at[slot])
 
@@ -165,22 +167,22 @@ def carry(q, k, do, log_decay, scores, after, *, spans=1, documents=False, stage
         plgpu.Barrier(num_arrivals=2),
     ]
     out_type = [
-        jax.ShapeDtypeStruct(do.shape, BF),
-        jax.ShapeDtypeStruct((B, spans * walk.chunks, H, K, V), BF),
-        jax.ShapeDtypeStruct((B, spans, H, K, V), F32),
+        jax.ShapeDtypeStruct((B, T, walks, V), BF),
+        jax.ShapeDtypeStruct((B, spans * walk.chunks, walks, K, V), BF),
+        jax.ShapeDtypeStruct((B, spans, walks, K, V), F32),
     ]
     inputs = [x for x in (q, k, do, log_decay, scores, after) if x is not None]
-    return call(body, "linear_attention_vector_carry", out_type, scratch, (B, spans, H))(*inputs)
+    return call(body, "linear_attention_vector_carry", out_type, scratch, (B, spans, walks))(*inputs)
 
 
-def within(q, k, v, do, log_decay, states, grads, *, documents=False):
-    """dq, dk (None if k is) [B,T,H,K] and the gradient of log_decay, in its dtype.
+def within(q, k, v, do, log_decay, states, grads, *, blocks, documents=False):
+    """dq, dk (None if k is) [B,T,walks,K] and the gradient of log_decay, in its dtype.
 
-    states, grads [B,chunks,H,K,V]: the state before and its gradient after each chunk. With k None the gradient of
+    states, grads [B,chunks,walks,K,V]: the state before and its gradient after each chunk. With k None the gradient of
     log_decay includes the way through the key.
     """
-    B, T, H, K = q.shape
-    V = v.shape[-1]
+    (B, T, _, K), V = q.shape, v.shape[-1]
+    walks = q.shape[2] * blocks.values
     part = min(64, K)  # key channels of a block: two blocks fit a multiprocessor
     chunks, tied, g_type = math.ceil(T / C), k is None, log_decay.dtype
 
@@ -195,11 +197,12 @@ def within(q, k, v, do, log_decay, states, grads, *, documents=False):
         writes_s = g_s if g_type == BF else refs.pop(0)
         pairs_in, gates_in, states_in = refs
         b, n, h, piece = (lax.axis_index(a) for a in ("b", "n", "h", "k"))
+        _, key, value = blocks.places(h)
         at, channels = pl.ds(n * C, C), pl.ds(piece * part, part)
         for source, target in ((v_g, v_s), (do_g, do_s)):
-            plgpu.copy_gmem_to_smem(source.at[b, at, h], target, pairs_in)
+            plgpu.copy_gmem_to_smem(source.at[b, at, value], target, pairs_in)
         for source, target in ((g_g, g_s), (q_g, q_s), *([] if tied else [(k_g, k_s)])):
-            plgpu.copy_gmem_to_smem(source.at[b, at, h, channels], target, gates_in)
+            plgpu.copy_gmem_to_smem(source.at[b, at, key, channels], target, gates_in)
         for source, target in ((states_g, states_s), (grads_g, grads_s)):
             plgpu.copy_gmem_to_smem(source.at[b, n, h, channels], target, states_in)
 
@@ -313,15 +316,13 @@ def within(q, k, v, do, log_decay, states, grads, *, documents=False):
         plgpu.Barrier(num_arrivals=2 if tied else 3),
         plgpu.Barrier(num_arrivals=2),
     ]
-    out_type = [jax.ShapeDtypeStruct(q.shape, BF), jax.ShapeDtypeStruct(q.shape, g_type)]
-    if not tied:
-        out_type.append(jax.ShapeDtypeStruct(q.shape, BF))
+    out_type = [jax.ShapeDtypeStruct((B, T, walks, K), x) for x in (BF, g_type, *([] if tied else [BF]))]
     body.__name__ = "linear_attention_vector_within"
     kernel = plgpu.kernel(
         body,
         out_type=out_type,
         scratch_types=scratch,
-        grid=(B, chunks, H, K // part),
+        grid=(B, chunks, walks, K // part),
         grid_names=("b", "n", "h", "k"),
         compiler_params=plgpu.CompilerParams(**PARAMS),
     )

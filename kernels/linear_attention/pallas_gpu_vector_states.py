@@ -18,14 +18,14 @@ from linscale.kernels.linear_attention.pallas_gpu_gates import SHARED, SLICE, co
 from linscale.kernels.linear_attention.pallas_gpu_scalar import BF, F32, ROWS, C, Walk, call, load, ring
 
 
-def states(k, v, log_decay, *, spans, reverse=False, documents=False, stages=4):
-    """What each span adds to a state that enters it as zero [B,N,H,K,V], and what is left of that one [B,N,H,K], float32.
+def states(k, v, log_decay, *, blocks, spans, reverse=False, documents=False, stages=4):
+    """What each span adds to a state that enters it as zero [B,N,walks,K,V], and what is left of that one [B,N,walks,K].
 
-    Forward: k [B,T,H,K] or None (1 - exp(log_decay)) and v. Reverse, with (q, do) for (k, v): the gradient of the state
+    Both are float32. Forward: k [B,T,H blocks,K] or None (1 - exp(log_decay)) and v. Reverse, with (q, do) for (k, v): the gradient of the state
     before each span. `documents`: first tokens are marked in log_decay.
     """
-    B, T, H, K = log_decay.shape
-    V, part = v.shape[-1], 64
+    (B, T, _, K), V, part = log_decay.shape, v.shape[-1], 64
+    walks = log_decay.shape[2] * blocks.values
     pieces = K // part
     walk = Walk(T, spans)
     tied, g_type = k is None, log_decay.dtype
@@ -85,10 +85,12 @@ def states(k, v, log_decay, *, spans, reverse=False, documents=False, stages=4):
 
         @pl.when(wg == pieces)
         def _producer():
+            _, key, value = blocks.places(h)
+
             def fetch(t, slot):
                 at = pl.ds(walk.start(span, t, reverse), C)
-                for source, target in ((g_g, g_s), (v_g, v_s), *([] if tied else [(k_g, k_s[0])])):
-                    plgpu.copy_gmem_to_smem(source.at[b, at, h], target.at[slot], full.at[slot])
+                for g, s, place in ((g_g, g_s, key), (v_g, v_s, value), *([] if tied else [(k_g, k_s[0], key)])):
+                    plgpu.copy_gmem_to_smem(g.at[b, at, place], s.at[slot], full.at[slot])
 
             ring(fetch, walk.chunks, stages, empty)
 
@@ -104,6 +106,6 @@ def states(k, v, log_decay, *, spans, reverse=False, documents=False, stages=4):
     ]
     if not tied:
         scratch.append(plgpu.SMEM((stages, C, K), BF, transforms=tiles()))
-    out_type = [jax.ShapeDtypeStruct((B, spans, H, *x), F32) for x in ((K, V), (K,))]
+    out_type = [jax.ShapeDtypeStruct((B, spans, walks, *x), F32) for x in ((K, V), (K,))]
     inputs = [x for x in (k, v, log_decay) if x is not None]
-    return call(body, "linear_attention_vector_states", out_type, scratch, (B, spans, H), pieces)(*inputs)
+    return call(body, "linear_attention_vector_states", out_type, scratch, (B, spans, walks), pieces)(*inputs)

@@ -86,27 +86,43 @@ def test_values_states_and_gradients(kind, spans, segments, tied, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("kind", "spans", "keys", "values"),
+    ("kind", "spans", "keys", "values", "tied"),
     [
-        ("scalar", 2, 64, 64),
-        ("phase", 2, 64, 64),
-        ("vector/1", 2, 64, 64),
-        ("scalar", 2, 256, 256),
-        ("none", 1, 64, 256),
+        ("scalar", 2, 64, 64, False),
+        ("phase", 2, 64, 64, False),
+        ("vector/1", 2, 64, 64, False),
+        ("scalar", 2, 256, 256, False),
+        ("none", 1, 64, 256, False),
+        ("phase", 2, 256, 256, False),
+        ("vector/0.1", 2, 256, 256, True),
+        *(
+            pytest.param(kind, spans, keys, values, tied, marks=pytest.mark.slow)
+            for keys, values in ((256, 128), (64, 256))
+            for kind, spans, tied in (("scalar", 2, False), ("phase", 2, False), ("vector/1", 2, False))
+        ),
+        pytest.param("vector/0.1", 1, 256, 64, True, marks=pytest.mark.slow),
     ],
 )
-def test_other_channels(kind, spans, keys, values, monkeypatch):
+def test_other_channels(kind, spans, keys, values, tied, monkeypatch):
     for name, size in {"HEADS": 2, "KEY": keys, "VALUE": values}.items():
         monkeypatch.setattr(shared, name, size)
-    arrays, ids = shared.draw(130, 130, kind, segments=True)
+    arrays, ids = shared.draw(130, 130, kind, segments=True, tied_key=tied)
     if kind == "scalar":
         arrays["log_decay"] = np.array([-0.05, -0.3])
     compare(arrays, ids, spans, monkeypatch)
 
 
-@pytest.mark.parametrize(("spans", "segments"), [(1, False), (2, True), (3, False)])
-def test_gradient_of_phase_by_the_kernels(spans, segments, monkeypatch):
+@pytest.mark.parametrize(
+    ("spans", "segments", "keys", "values"),
+    [
+        *((1, False, 128, 128), (2, True, 128, 128), (3, False, 128, 128), (1, False, 64, 256)),
+        pytest.param(2, True, 256, 256, marks=pytest.mark.slow),
+    ],
+)
+def test_gradient_of_phase_by_the_kernels(spans, segments, keys, values, monkeypatch):
     """As in training: no state given, none read; those between spans are the kernels' own."""
+    monkeypatch.setattr(shared, "KEY", keys)
+    monkeypatch.setattr(shared, "VALUE", values)
     monkeypatch.setattr(pallas_gpu_phase, "_phase_gradient_by_xla", None)
     arrays, ids = draw("phase", 130, segments=segments, state=False)
     compare(arrays, ids, spans, monkeypatch, final=False)
