@@ -120,8 +120,9 @@ def _vector_forward(q, k, v, log_decay, initial_state, first):
 
 
 def _vector_backward(residuals, cotangents):
-    from linscale.kernels.linear_attention.pallas_gpu_vector_backward import carry, within
+    from linscale.kernels.linear_attention.pallas_gpu_vector_backward import carry
     from linscale.kernels.linear_attention.pallas_gpu_vector_states import states as span_states
+    from linscale.kernels.linear_attention.pallas_gpu_vector_within import within
 
     q, k, v, log_decay, states, scores, flags = residuals
     given, documents = (flag is not None for flag in flags)

@@ -1,7 +1,7 @@
 """What the kernels for one decay per token and channel share: products of gates inside a chunk, by recursive halving.
 
-Exact for any gate: exponents above zero, and quotients of gates, are never formed. A chunk of 64 tokens is halved six
-times; where a query in an upper half meets a key in the lower half, the query is weighted with the product of gates
+Exact for any gate: here exponents above zero, and quotients of gates, are never formed (chunks of mild gates need less:
+`pallas_gpu_mild`). A chunk of 64 tokens is halved six times; where a query in an upper half meets a key in the lower half, the query is weighted with the product of gates
 from the boundary to itself, the key with the product from behind itself to the boundary. The products are built bottom
 up, one multiplication a level, from one exponential per element.
 """
@@ -42,10 +42,11 @@ def mark(log_decay, first):
     return jnp.where(first[..., None], marked, flat).reshape(log_decay.shape)
 
 
-def gates(x, documents, tied):
+def gates(x, documents, tied, short=False):
     """(gates, keys 1 - exp(log decay) if `tied`) of log decays x, in which `documents` says whether first tokens are marked.
 
     A first token's gate is closed, so that nothing of earlier documents passes; its key is its log decay's all the same.
+    `short`: keys near zero by a shorter series, to 5e-5 of themselves, for kernels that are bound by arithmetic.
     """
     g = jnp.minimum(x, -x) if documents else x
     a = jnp.exp(g)
@@ -53,6 +54,8 @@ def gates(x, documents, tied):
     if not tied:
         return closed, None
     # Near zero the difference would lose digits.
+    if short:
+        return closed, jnp.where(g > -0.004, g * (-1.0 - 0.5 * g), 1.0 - a)
     return closed, jnp.where(g > -0.02, -g * (1.0 + g * (0.5 + g * (1.0 / 6.0))), 1.0 - a)
 
 

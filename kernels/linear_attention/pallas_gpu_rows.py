@@ -12,7 +12,7 @@ from jax.experimental.mosaic import gpu as mgpu
 from jax.experimental.mosaic.gpu import utils
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxlib.mlir import ir
-from jaxlib.mlir.dialects import arith, llvm, vector
+from jaxlib.mlir.dialects import arith, llvm, memref, nvvm, vector
 
 F32 = jnp.float32
 ROWS = plgpu.Layout.WGMMA
@@ -185,6 +185,33 @@ def get_tile_rows(ref, distance, n):
         return like(registers, (64, n), ROWS.to_mgpu())
 
     return get(ref)
+
+
+def alike(x):
+    """x [64,n], of whose rows the compiler is to know that they are alike: each thread keeps one."""
+
+    @plgpu.inline_mgpu(arg_types=(ROWS,), return_type=array_type(x.shape))
+    def first(_, x):
+        return like([r for r, _ in x.registers.reshape(-1, 2) for _ in range(2)], x.shape, x.layout)
+
+    return first(x)
+
+
+def put_whether(x, bound, ref):
+    """Writes to ref [1] int32 whether all of x [64,n], whose rows must be alike, is at least `bound`; NaN is not."""
+
+    @plgpu.inline_mgpu(arg_types=(ROWS, plgpu.RefType()), return_type=None)
+    def put(_, x, ref):
+        i32, least = ir.IntegerType.get_signless(32), utils.c(bound, ir.F32Type.get())
+        every = None
+        for pair, _ in x.registers.reshape(-1, 2):
+            for e in range(2):
+                here = arith.cmpf(arith.CmpFPredicate.OGE, vector.extract(pair, [], [e]), least)
+                every = here if every is None else arith.andi(every, here)
+        every = nvvm.vote_sync(utils.c(0xFFFFFFFF, i32), every, "all")
+        memref.store(arith.extui(i32, every), ref, [utils.c(0, ir.IndexType.get())])
+
+    put(x, ref)
 
 
 def load_state(ref, shape):

@@ -121,6 +121,7 @@ def across_tiles(forth, back, size):
 def order_masks(what):
     """[64,64] bfloat16 of ones: columns from the row on ("above"), before it ("below"), or both in their half ("joined").
 
+    "upto": columns to the row, itself included.
     "joined": in the upper half of the rows those from the row on, in the lower half those before, each in its half.
     """
 
@@ -131,7 +132,8 @@ def order_masks(what):
         pair = ir.VectorType.get((2,), bf16)
         zero, one = (utils.c(x, bf16) for x in (0.0, 1.0))
         zeros, ones = (vector.from_elements(pair, [x, x]) for x in (zero, one))
-        after = [p.compare("uge", arith.addi(p.column, p.number(e)), p.row) for e in range(2)]
+        behind = "ugt" if what == "upto" else "uge"
+        after = [p.compare(behind, arith.addi(p.column, p.number(e)), p.row) for e in range(2)]
         on = vector.from_elements(pair, [select(a, one, zero) for a in after])
         off = vector.from_elements(pair, [select(a, zero, one) for a in after])
         upper = p.compare("uge", p.warp, 2)
@@ -145,7 +147,7 @@ def order_masks(what):
                 above = select(mine, in_tile, select(earlier, ones, zeros))
                 below = select(mine, not_in_tile, select(earlier, zeros, ones))
                 joined = select(upper, zeros, below) if tile < 2 else select(upper, above, zeros)
-                results.append({"above": above, "below": below, "joined": joined}[what])
+                results.append({"above": above, "below": below, "upto": below, "joined": joined}[what])
         return like(results, (64, 64), ROWS.to_mgpu())
 
     return make()

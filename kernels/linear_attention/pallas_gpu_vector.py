@@ -1,7 +1,8 @@
 """Linear attention with one decay per token and channel on Hopper GPUs, forward: Pallas Mosaic GPU, state on chip.
 
 Scores inside a chunk by recursive halving (`pallas_gpu_gates`): levels inside 16 tokens stay in registers and use the
-warps' own matrix product, the two levels above use wgmma.
+warps' own matrix product, the two levels above use wgmma. A chunk of mild gates has its scores from one product instead
+(`pallas_gpu_mild`), if its gates are mild in all channels.
 
 Each of the two computing warpgroups weights half of the key channels, and owns half of the value channels and of the
 state. Twice a chunk they wait for each other.
@@ -15,6 +16,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from linscale.kernels.linear_attention import pallas_gpu_mild as milds
 from linscale.kernels.linear_attention import pallas_gpu_rows as rows
 from linscale.kernels.linear_attention import pallas_gpu_scores as on_scores
 from linscale.kernels.linear_attention.pallas_gpu_gates import SHARED, SLICE, TILE, gates, products, tiles
@@ -46,6 +48,7 @@ def forward(q, k, v, log_decay, initial, *, blocks, spans=1, save=False, documen
     start_state = initial is not None
     tied, parts = k is None, K // 2 // SLICE
     g_type = log_decay.dtype
+    tells = milds.tells_mild(log_decay, documents)
     per_stage = C * (K * (2 if tied else 4) + 2 * V + K * jnp.dtype(g_type).itemsize)
     fixed = (
         2 * C * K * (3 if tied else 2)
@@ -54,7 +57,7 @@ def forward(q, k, v, log_decay, initial, *, blocks, spans=1, save=False, documen
         + 2 * C * TILE * 4
         + K * 4
         + 2 * 4 * SLICE * 4
-        + 2 * C * C * save
+        + 2 * C * C * (save + tells)
     )
     stages = max(1, min(stages, walk.chunks, (SHARED - fixed) // per_stage))
 
@@ -66,7 +69,9 @@ def forward(q, k, v, log_decay, initial, *, blocks, spans=1, save=False, documen
         initial_g = refs.pop(0) if start_state else None
         o_g, final_g = refs.pop(0), refs.pop(0)
         states_g, scores_g = (refs.pop(0), refs.pop(0)) if save else (None, None)
-        q_s, v_s, g_s, k_s, x16_s, x32_s, s_s, o_s, tile_s, whole_s, total_s, full, empty, ready, free, *p_s = refs
+        q_s, v_s, g_s, k_s, x16_s, x32_s, s_s, o_s, tile_s, whole_s, total_s, full, empty, ready, free, *refs = refs
+        p_s = refs.pop(0) if save else None
+        upto_s, mild_s = refs if tells else (None, None)
         b, span, h, wg = (lax.axis_index(a) for a in ("b", "n", "h", "wg"))
         _, key, value = blocks.places(h)
 
@@ -77,7 +82,7 @@ def forward(q, k, v, log_decay, initial, *, blocks, spans=1, save=False, documen
                 levels = list(levels)
                 mine = pl.ds(wg * (K // 2) + part * SLICE, SLICE)
                 keys = k_s.at[zero if tied else slot]
-                a, k = gates(load(g_s.at[slot, :, mine]).astype(F32), documents, tied)
+                a, k = gates(load(g_s.at[slot, :, mine]).astype(F32), documents, tied, short=tells)
                 q = load(q_s.at[slot, :, mine]).astype(F32)
                 k = k if tied else load(keys.at[:, mine]).astype(F32)
                 levels[0] = rows.tile_products(levels[0], q.astype(BF), k.astype(BF))
@@ -99,6 +104,17 @@ def forward(q, k, v, log_decay, initial, *, blocks, spans=1, save=False, documen
             # A loop here and in the other kernels: unrolled it is no faster and takes twice as long to lower.
             return on_scores.select_levels(lax.fori_loop(0, parts, one, (none,) * 5))
 
+        def weigh_mild(slot, wg, zero, to_token, whole, k):
+            """Weights this warpgroup's channels of a mild chunk; x32_s gets the keys that meet queries of the chunk."""
+            mine = pl.ds(wg * (K // 2), K // 2)
+            keys = k_s.at[zero if tied else slot]
+            forth, back, whole = milds.weights(to_token, whole)
+            query, key = load(q_s.at[slot, :, mine]).astype(F32) * forth, k * back
+            x32_s.at[zero, :, mine][...] = key.astype(BF)
+            q_s.at[slot, :, mine][...] = query.astype(BF)
+            keys.at[:, mine][...] = (key * whole).astype(BF)
+            rows.put_tile_rows(whole, total_s.at[:, mine])
+
         @pl.when(wg < 2)
         def _compute():
             plgpu.set_max_registers(232, action="increase")
@@ -108,8 +124,11 @@ def forward(q, k, v, log_decay, initial, *, blocks, spans=1, save=False, documen
             else:
                 S = plgpu.layout_cast(jnp.zeros((K, half), F32), ROWS)
             s_s.at[wg][...] = S.astype(BF)
+            if tells:
+                upto_s.at[0][...] = on_scores.order_masks("upto")
             plgpu.commit_smem()
-            plgpu.barrier_arrive(free)
+            if not tells:
+                plgpu.barrier_arrive(free)
 
             def chunk(t, state):
                 S, zero = state
@@ -119,12 +138,30 @@ def forward(q, k, v, log_decay, initial, *, blocks, spans=1, save=False, documen
                 if save:
                     plgpu.copy_smem_to_gmem(s_s.at[wg], states_g.at[b, n, h, :, values])
                 plgpu.barrier_wait(full.at[slot])
+                if tells:  # before the wait, which then tells what the other has found as well
+                    mine = pl.ds(wg * (K // 2), K // 2)
+                    keys = None if tied else k_s.at[slot, :, mine]
+                    read = milds.read(g_s.at[slot, :, mine], keys, K // 2, upto_s.at[zero], mild_s.at[wg])
+                    plgpu.barrier_arrive(free)
                 plgpu.barrier_wait(free)  # the other has read what is now written over
-                tile = weigh(slot, wg, zero)
-                tile_s.at[wg][...] = tile
+                mild = mild_s[0, 0] + mild_s[1, 0] == 2 if tells else None
+
+                def weigh_any():
+                    tile_s.at[wg][...] = weigh(slot, wg, zero)
+
+                if tells:
+                    pl.when(mild)(lambda: weigh_mild(slot, wg, zero, *read))
+                    pl.when(jnp.logical_not(mild))(weigh_any)
+                else:
+                    weigh_any()
                 plgpu.commit_smem()
                 plgpu.barrier_arrive(ready)
                 plgpu.barrier_wait(ready)
+
+                def scores_at_once(acc, oacc):
+                    plgpu.wgmma(acc, q_s.at[slot], x32_s.at[zero].transpose((1, 0)))
+                    plgpu.wgmma(oacc, q_s.at[slot], s_s.at[here])
+                    return on_scores.causal(plgpu.wgmma_accumulator_load(acc, wait_n=1)).astype(BF), oacc[...]
 
                 def scores(acc16, acc32, oacc):
                     plgpu.wgmma(acc16, x16_s.at[zero], x16_s.at[zero].transpose((1, 0)))
@@ -135,7 +172,14 @@ def forward(q, k, v, log_decay, initial, *, blocks, spans=1, save=False, documen
                     p = on_scores.assemble_scores(tile, near, far)
                     return p.astype(BF), oacc[...]
 
-                p, o = pl.run_scoped(scores, plgpu.ACC((C, C), F32), plgpu.ACC((C, C), F32), plgpu.ACC((C, half), F32))
+                def by_levels():
+                    square = plgpu.ACC((C, C), F32)
+                    return pl.run_scoped(scores, square, square, plgpu.ACC((C, half), F32))
+
+                def at_once():
+                    return pl.run_scoped(scores_at_once, plgpu.ACC((C, C), F32), plgpu.ACC((C, half), F32))
+
+                p, o = lax.cond(mild, at_once, by_levels) if tells else by_levels()
                 S = S * along_rows(total_s.at[0], (K, half))
 
                 def update(refs):
@@ -145,7 +189,8 @@ def forward(q, k, v, log_decay, initial, *, blocks, spans=1, save=False, documen
 
                 o, S = pl.run_state(update)((plgpu.ACC.init(o), plgpu.ACC.init(S)))
                 plgpu.barrier_arrive(empty.at[slot])
-                plgpu.barrier_arrive(free)
+                if not tells:
+                    plgpu.barrier_arrive(free)
                 plgpu.wait_smem_to_gmem(0, wait_read_only=True)
                 o_s.at[wg][...] = o.astype(BF)
                 s_s.at[here][...] = S.astype(BF)
@@ -153,7 +198,7 @@ def forward(q, k, v, log_decay, initial, *, blocks, spans=1, save=False, documen
 
                     @pl.when(wg == 0)
                     def _():
-                        p_s[0][...] = p
+                        p_s[...] = p
 
                 plgpu.commit_smem()
                 plgpu.copy_smem_to_gmem(o_s.at[wg], o_g.at[b, pl.ds(n * C, C), h, values])
@@ -161,14 +206,15 @@ def forward(q, k, v, log_decay, initial, *, blocks, spans=1, save=False, documen
 
                     @pl.when(wg == 0)
                     def _():
-                        plgpu.copy_smem_to_gmem(p_s[0], scores_g.at[b, n, h])
+                        plgpu.copy_smem_to_gmem(p_s, scores_g.at[b, n, h])
 
                 return S, Zero.next(zero, t)
 
             start = Zero.start(g_g[b, 0, key, 0].astype(F32))
             S, _ = lax.fori_loop(0, walk.chunks, chunk, (S, start))
             final_g.at[b, span, h, :, values][...] = S
-            plgpu.barrier_wait(free)
+            if not tells:
+                plgpu.barrier_wait(free)
             plgpu.wait_smem_to_gmem(0)
 
         @pl.when(wg == 2)
@@ -207,6 +253,8 @@ def forward(q, k, v, log_decay, initial, *, blocks, spans=1, save=False, documen
     if save:
         out_type += [jax.ShapeDtypeStruct((B, spans * walk.chunks, walks, *x), BF) for x in ((K, V), (C, C))]
         scratch.append(plgpu.SMEM((C, C), BF, **low))
+    if tells:
+        scratch += [plgpu.SMEM((1, C, C), BF, **low), plgpu.SMEM((2, 1), jnp.int32)]
     inputs = [x for x in (q, k, v, log_decay, initial) if x is not None]
     out = call(body, "linear_attention_vector_forward", out_type, scratch, (B, spans, walks))(*inputs)
     return *out[:2], *(out[2:] if save else (None, None))

@@ -21,6 +21,7 @@ from linscale.kernels import hopper_rows
 from linscale.kernels.cross_entropy import pallas_gpu as cross_entropy
 from linscale.kernels.linear_attention import (
     pallas_gpu_gates,
+    pallas_gpu_mild,
     pallas_gpu_phase_kernels,
     pallas_gpu_phase_states,
     pallas_gpu_rows,
@@ -30,6 +31,7 @@ from linscale.kernels.linear_attention import (
     pallas_gpu_vector,
     pallas_gpu_vector_backward,
     pallas_gpu_vector_states,
+    pallas_gpu_vector_within,
 )
 from linscale.kernels.rms_norm import pallas_gpu as rms_norm
 
@@ -37,6 +39,7 @@ MODULES = (
     cross_entropy,
     hopper_rows,
     pallas_gpu_gates,
+    pallas_gpu_mild,
     pallas_gpu_phase_kernels,
     pallas_gpu_phase_states,
     pallas_gpu_scalar,
@@ -44,6 +47,7 @@ MODULES = (
     pallas_gpu_vector,
     pallas_gpu_vector_backward,
     pallas_gpu_vector_states,
+    pallas_gpu_vector_within,
     rms_norm,
 )
 PATIENCE = 60  # seconds
@@ -138,7 +142,8 @@ class ACC:
 
 def _wgmma(acc, a, b):
     wide = [np.asarray(x.view if isinstance(x, Ref) else x, np.float32) for x in (a, b)]
-    acc.value = acc.value + wide[0] @ wide[1]
+    with np.errstate(invalid="ignore"):  # zeros of a mask meet infinities
+        acc.value = acc.value + wide[0] @ wide[1]
 
 
 def _copy(source, target):
@@ -176,6 +181,10 @@ def _loop(start, stop):
     return run
 
 
+def _cond(condition, true, false):
+    return true() if bool(condition) else false()
+
+
 def _fori_loop(start, stop, f, carry):
     for i in range(start, stop):
         carry = f(jnp.int32(i), carry)
@@ -185,7 +194,7 @@ def _fori_loop(start, stop, f, carry):
 def _scratch(kind):
     if isinstance(kind, plgpu.Barrier):
         return Barriers(kind.num_arrivals, int(np.prod(kind.num_barriers)))
-    return Ref(np.full(kind.shape, np.nan, kind.dtype))
+    return Ref(np.full(kind.shape, np.nan if jnp.issubdtype(kind.dtype, jnp.inexact) else -1, kind.dtype))
 
 
 def _kernel(
@@ -252,7 +261,7 @@ def _across_tiles(forth, back, size):
 def _order_masks(what):
     (i, j), (a, b) = _blocks(1), _blocks(32)
     joined = (a == b) & np.where(a == 1, j >= i, j < i)
-    return jnp.asarray({"above": j >= i, "below": j < i, "joined": joined}[what], jnp.bfloat16)
+    return jnp.asarray({"above": j >= i, "below": j < i, "upto": j <= i, "joined": joined}[what], jnp.bfloat16)
 
 
 def _within(x, edge, reverse=False):
@@ -271,6 +280,8 @@ _ROWS = {
     "across_tiles": _across_tiles,
     "order_masks": _order_masks,
     "causal": lambda x, reverse=False: jnp.triu(x) if reverse else jnp.tril(x),
+    "alike": lambda x: x,
+    "put_whether": lambda x, bound, ref: ref.__setitem__(..., jnp.all(x >= bound)),
     "within": _within,
     "put_tile_rows": lambda x, ref: ref.__setitem__(..., x[::16]),
     "get_tile_rows": _tile_rows,
@@ -300,7 +311,7 @@ def emulated():
     )
     scoped = lambda f, *kinds: f(*(Accumulator(jnp.zeros(k.shape)) for k in kinds))  # noqa: E731
     fake_pl = _over(pl, when=_when, loop=_loop, run_scoped=scoped, run_state=_run_state)
-    fake_lax = _over(lax, axis_index=lambda name: jnp.int32(_here.axes[name]), fori_loop=_fori_loop)
+    fake_lax = _over(lax, axis_index=lambda name: jnp.int32(_here.axes[name]), fori_loop=_fori_loop, cond=_cond)
     with contextlib.ExitStack() as stack:
         for module in MODULES:
             for name, fake in (("plgpu", fake_plgpu), ("pl", fake_pl), ("lax", fake_lax)):

@@ -3,6 +3,7 @@
 pytest -m gpu tests/kernels/test_pallas_gpu.py
 """
 
+import gates_of_chunks
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -29,6 +30,7 @@ def shapes(kind, tokens, channels, state, segments, batch=2, heads=3, values=Non
         "phase": {"phase": jax.ShapeDtypeStruct((heads, channels), jnp.float32)},
         "vector": {"log_decay": jax.ShapeDtypeStruct(x.shape, jnp.float32)},
         "tied": {"log_decay": x},
+        "bfloat16 gates": {"log_decay": x},
     }[kind]
     rows = channels * (2 if kind == "phase" else 1)
     arrays = {"q": x, "k": None if kind == "tied" else x, "v": v, **named}
@@ -65,6 +67,23 @@ def test_forward_and_backward_lower(kind, tokens, keys, values, state, segments)
 
     text = jax.jit(jax.value_and_grad(loss)).trace(arrays, ids).lower(lowering_platforms=("cuda",)).as_text()
     assert "mosaic_gpu" in text
+
+
+@lowers
+@pytest.mark.parametrize(
+    ("kind", "tokens", "channels"),
+    [
+        ("tied", 1001, 128),
+        ("bfloat16 gates", 2100, 64),
+        *(
+            pytest.param(*case, marks=pytest.mark.slow)
+            for case in (("bfloat16 gates", 2100, 128), ("tied", 2100, 64), ("bfloat16 gates", 5, 256))
+        ),
+    ],
+)
+def test_kernels_that_tell_mild_chunks_lower(kind, tokens, channels):
+    """Those of bfloat16 gates without documents."""
+    test_forward_and_backward_lower(kind, tokens, channels, channels, state=True, segments=False)
 
 
 @lowers
@@ -229,6 +248,18 @@ class TestOnTheDevice:
         arrays, ids = shared.draw(13, tokens, kind, segments=True)
         shared.compare("pallas_gpu", arrays, ids, 5e-3, dtype=jnp.bfloat16)
 
+    @pytest.mark.parametrize("tied", (False, True))
+    @pytest.mark.parametrize("channels", (64, 128))
+    @pytest.mark.parametrize("chunks", ("mmmm", "mcimfbzs", "smbfmcif" * 4 + "m"))  # the third is cut into spans
+    def test_mild_chunks(self, chunks, channels, tied, monkeypatch):
+        monkeypatch.setattr(shared, "KEY", channels)
+        monkeypatch.setattr(shared, "VALUE", channels)
+        tokens = 64 * len(chunks) - 12
+        assert (pallas_gpu.choose_spans("vector", 6, tokens, channels) > 1) == (len(chunks) > 8)
+        arrays, _ = shared.draw(14, tokens, "vector/1", tied_key=tied)
+        arrays["log_decay"] = gates_of_chunks.draw(chunks, arrays["log_decay"].shape, 14)
+        shared.compare("pallas_gpu", arrays, None, 5e-3, dtype=jnp.bfloat16, gates=jnp.bfloat16)
+
     @pytest.mark.parametrize("kind", ("scalar", "vector/1"))
     def test_minus_infinity_forgets(self, kind):
         arrays, _ = shared.draw(11, 40, kind)
@@ -239,10 +270,17 @@ class TestOnTheDevice:
         np.testing.assert_allclose(got["out"], np.sum(q * k, -1, keepdims=True) * v, rtol=2e-2, atol=0.2)
         assert all(np.isfinite(np.asarray(x, np.float32)).all() for x in got.values())
 
-    def test_bits_do_not_change_between_runs(self):
+    @pytest.mark.parametrize("kind", ("scalar", "vector/1", "mild and strong"))
+    def test_bits_do_not_change_between_runs(self, kind):
         """A race would show as a moving error."""
-        arrays, ids = shared.draw(12, 1000, "scalar", segments=True)
-        low = {n: jnp.asarray(a, jnp.bfloat16 if n in "qkv" else jnp.float32) for n, a in arrays.items()}
+        tokens, chosen = 1000, kind == "mild and strong"
+        arrays, ids = shared.draw(12, tokens, "vector/1" if chosen else kind, segments=not chosen)
+        gates = jnp.float32
+        if chosen:
+            arrays["log_decay"] = gates_of_chunks.draw("msmcifmb" * 2, arrays["log_decay"].shape, 12)
+            gates = jnp.bfloat16
+        types = dict.fromkeys("qkv", jnp.bfloat16) | {"log_decay": gates, "initial_state": jnp.float32}
+        low = {n: jnp.asarray(a, types[n]) for n, a in arrays.items()}
         first = shared.run("pallas_gpu", low, ids, 0)
         for _ in range(10):
             for name, x in shared.run("pallas_gpu", low, ids, 0).items():

@@ -1,5 +1,8 @@
 """The Hopper kernels' arithmetic, barriers and gradients on a CPU (see emulator.py), against the float64 scan."""
 
+import threading
+
+import gates_of_chunks
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -7,7 +10,7 @@ import pytest
 import test_linear_attention as shared
 
 from linscale.kernels import linear_attention
-from linscale.kernels.linear_attention import pallas_gpu, pallas_gpu_phase
+from linscale.kernels.linear_attention import pallas_gpu, pallas_gpu_mild, pallas_gpu_phase
 
 old = tuple(int(x) for x in jax.__version__.split(".")[:2]) < (0, 11)
 pytestmark = pytest.mark.skipif(old, reason=f"jax {jax.__version__} has no Mosaic GPU as of jax >= 0.11")
@@ -126,6 +129,70 @@ def test_gradient_of_phase_by_the_kernels(spans, segments, keys, values, monkeyp
     monkeypatch.setattr(pallas_gpu_phase, "_phase_gradient_by_xla", None)
     arrays, ids = draw("phase", 130, segments=segments, state=False)
     compare(arrays, ids, spans, monkeypatch, final=False)
+
+
+@pytest.fixture
+def calls(monkeypatch):
+    """How often each of what mild chunks alone are weighted with was asked for."""
+    count = {"weights": 0, "product": 0}
+    lock = threading.Lock()
+
+    def counted(name, f):
+        def call(*args):
+            with lock:
+                count[name] += 1
+            return f(*args)
+
+        return call
+
+    for name in count:
+        monkeypatch.setattr(pallas_gpu_mild, name, counted(name, getattr(pallas_gpu_mild, name)))
+    return count
+
+
+@pytest.mark.parametrize(
+    ("chunks", "spans", "channels", "tied", "state"),
+    [
+        ("mcim", 2, 128, True, True),
+        ("fbz", 1, 128, False, True),
+        *(
+            pytest.param(*case, marks=pytest.mark.slow)
+            for case in (
+                ("mm", 1, 128, True, False),
+                ("mfsm", 2, 128, False, True),
+                ("fbm", 1, 128, True, True),
+                ("zim", 1, 128, True, False),
+                ("iic", 1, 128, False, False),
+                ("mcif", 2, 64, True, True),
+                ("bfms", 2, 64, False, True),
+                ("mcm", 1, 256, True, True),
+            )
+        ),
+    ],
+)
+def test_mild_chunks(chunks, spans, channels, tied, state, calls, monkeypatch):
+    """bfloat16 gates without documents: each block of threads takes the short way for its mild chunks, and no other."""
+    monkeypatch.setattr(shared, "KEY", channels)
+    monkeypatch.setattr(shared, "VALUE", channels)
+    tokens = 64 * len(chunks) - 54
+    arrays, _ = shared.draw(tokens, tokens, "vector/1", state=state, tied_key=tied)
+    gates = arrays["log_decay"] = gates_of_chunks.draw(chunks, arrays["log_decay"].shape, tokens)
+    compare(arrays, None, spans, monkeypatch, final=state, gates=jnp.bfloat16)
+    mild = gates_of_chunks.mild(gates)[0, :, 0]  # one row
+    width, walks = min(channels, 128), max(1, channels // 128)  # walks: blocks of values for each block of keys
+    whole, halves, slices = (walks * mild.reshape(len(mild), -1, n).all(-1).sum() for n in (width, width // 2, 64))
+    # Forward each of two warpgroups weights once, `within` each of two slices of 64 channels, `carry` thrice by itself.
+    assert calls == {"weights": 2 * whole + 2 * slices, "product": 3 * halves}
+
+
+@pytest.mark.parametrize(
+    ("segments", "gates"), [(True, jnp.bfloat16), pytest.param(False, jnp.float32, marks=pytest.mark.slow)]
+)
+def test_documents_and_float32_gates_halve_every_chunk(segments, gates, calls, monkeypatch):
+    arrays, ids = shared.draw(120, 120, "vector/1", segments=segments, tied_key=True)
+    arrays["log_decay"] = gates_of_chunks.draw("mf", arrays["log_decay"].shape, 0)
+    compare(arrays, ids, 1, monkeypatch, gates=gates)
+    assert not any(calls.values())
 
 
 @pytest.mark.slow

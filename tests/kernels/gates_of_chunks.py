@@ -1,0 +1,46 @@
+"""Log decays per token and channel whose every chunk of 64 tokens is of a chosen kind, for the Hopper kernels' choice."""
+
+import jax.numpy as jnp
+import numpy as np
+
+CHUNK = 64
+FLOOR = -60.0  # the least sum of a mild chunk
+EACH = FLOOR / CHUNK  # exact in bfloat16, as are its sums
+KINDS = {
+    "m": "mild",
+    "s": "strong in every channel",
+    "c": "strong in the first channel alone",
+    "i": "mild but for one gate that is closed, -inf, in the last channel",
+    "f": "at the floor: mild",
+    "b": "below the floor by a sixteenth in one channel: strong",
+    "z": "zero",
+}
+
+
+def draw(kinds, shape, seed):
+    """[B,T,H,K] float64 of bfloat16 values; T may end inside the last chunk."""
+    batch, tokens, heads, channels = shape
+    rng = np.random.default_rng(seed)
+    chunks = []
+    for kind in kinds:
+        x = -0.9 * rng.random((batch, CHUNK, heads, channels))
+        if kind == "s":
+            x = 4.0 * x
+        elif kind == "c":
+            x[..., 0] -= 3.0
+        elif kind == "i":
+            x[:, 30, :, -1] = -np.inf
+        elif kind in "fb":
+            x[:] = EACH
+            x[:, 40, :, channels // 2] -= 1 / 16 if kind == "b" else 0.0
+        elif kind == "z":
+            x[:] = 0.0
+        chunks.append(x)
+    return np.asarray(jnp.asarray(np.concatenate(chunks, 1)[:, :tokens], jnp.bfloat16), np.float64)
+
+
+def mild(log_decay):
+    """[B,chunks,H,K] bool: whether a chunk's sum is at least FLOOR; tokens past the end count as zero."""
+    batch, tokens, heads, channels = log_decay.shape
+    x = np.pad(log_decay, [(0, 0), (0, -tokens % CHUNK), (0, 0), (0, 0)])
+    return x.reshape(batch, -1, CHUNK, heads, channels).sum(2) >= FLOOR
