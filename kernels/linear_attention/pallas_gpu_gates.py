@@ -1,9 +1,10 @@
 """What the kernels for one decay per token and channel share: products of gates inside a chunk, by recursive halving.
 
-Exact for any gate: here exponents above zero, and quotients of gates, are never formed (chunks of mild gates need less:
-`pallas_gpu_mild`). A chunk of 64 tokens is halved six times; where a query in an upper half meets a key in the lower half, the query is weighted with the product of gates
-from the boundary to itself, the key with the product from behind itself to the boundary. The products are built bottom
-up, one multiplication a level, from one exponential per element.
+Exact for any gate: here exponents above zero, and quotients of gates, are never formed (mild gates take a shorter way,
+which forms them within bounds: `pallas_gpu_mild`). A chunk of 64 tokens is halved six times; where a query in an upper
+half meets a key in the lower half, the query is weighted with the product of gates from the boundary to itself, the key
+with the product from behind itself to the boundary. The products are built bottom up, one multiplication a level, from
+one exponential per element.
 """
 
 import jax.numpy as jnp
