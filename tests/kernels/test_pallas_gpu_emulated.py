@@ -96,7 +96,7 @@ def test_values_states_and_gradients(kind, spans, segments, tied, monkeypatch):
         ("vector/1", 2, 64, 64, False),
         ("scalar", 2, 256, 256, False),
         ("none", 1, 64, 256, False),
-        ("phase", 2, 256, 256, False),
+        pytest.param("phase", 2, 256, 256, False, marks=pytest.mark.slow),
         ("vector/0.1", 2, 256, 256, True),
         *(
             pytest.param(kind, spans, keys, values, tied, marks=pytest.mark.slow)
