@@ -12,15 +12,13 @@ Letters: B batch, T tokens, D width, V vocabulary.
 """
 
 import functools
-import logging
 
 import jax
 import jax.numpy as jnp
 
 from linscale.kernels.axes import Axes, mesh_for, over_mesh
-from linscale.kernels.hopper import on_hopper
+from linscale.kernels.hopper import choose, on_hopper
 
-_log = logging.getLogger("linscale.kernels")
 MAX_LOGITS = 2**27  # elements of float32 logits held at once: 512 MiB; on GPUs four times as many, for longer products
 SHORTEST, LONGEST = 4096, 131_072  # vocabularies of the kernel for Hopper GPUs; timed up to 100,280
 
@@ -106,9 +104,8 @@ def _sweep(hidden, embedding, labels, weights, *, with_gradient, axis=None):
     size = -(-tokens // slices)
     losses = functools.partial(_in_xla, dtype=hidden.dtype, axis=axis)
     if with_gradient:
-        reason = refusal(vocabulary, hidden.dtype, axis)
-        losses = losses if reason else _on_hopper
-        _announce("xla" if reason else "pallas_gpu", reason)
+        chosen = choose("cross-entropy", None, refusal(vocabulary, hidden.dtype, axis))
+        losses = losses if chosen == "xla" else _on_hopper
 
     def to_slices(x):
         x = jnp.pad(x, [(0, 0), (0, slices * size - tokens)] + [(0, 0)] * (x.ndim - 2))
@@ -197,9 +194,3 @@ def _in_one_pass(logits_BTV, label_BTV):
 
     nothing = jnp.float32(jnp.finfo(jnp.float32).min), jnp.float32(0), jnp.float32(0)
     return jax.lax.reduce((logits_BTV, jnp.ones_like(logits_BTV), label_BTV), nothing, merge, (2,))
-
-
-@functools.cache
-def _announce(name: str, reason: str | None = None) -> None:
-    backend = jax.default_backend()
-    _log.info("cross-entropy: implementation %r on %s%s", name, backend, f", as {reason}" if reason else "")

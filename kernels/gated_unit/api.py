@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from linscale.kernels.axes import Axes, mesh_for, over_mesh
-from linscale.kernels.hopper import on_hopper
+from linscale.kernels.hopper import choose, on_hopper
 from linscale.kernels.remat import kept
 
 ACTIVATIONS = {"none": lambda x: x, "silu": jax.nn.silu}
@@ -36,12 +36,7 @@ def gated_unit(
         raise ValueError(f"up {up.shape} {up.dtype} and gate {gate.shape} {gate.dtype} must be alike.")
     if activation not in ACTIVATIONS:
         raise ValueError(f"activation={activation!r} is none of {', '.join(map(repr, ACTIVATIONS))}.")
-    if implementation not in (None, "xla", "pallas_gpu"):
-        raise ValueError(f"implementation={implementation!r} is none of None, 'xla', 'pallas_gpu'.")
-    reason = refusal(up, axes)
-    if implementation == "pallas_gpu" and reason:
-        raise ValueError(f"implementation='pallas_gpu' cannot serve: {reason}. None or 'xla' can.")
-    if implementation == "xla" or reason:
+    if choose("gated unit", implementation, refusal(up, axes)) == "xla":
         return up * ACTIVATIONS[activation](gate)
     return _on_hopper(up, gate, activation, axes)
 

@@ -4,17 +4,15 @@ Letters: B batch, T tokens, D width, N rows.
 """
 
 import functools
-import logging
 
 import jax
 import jax.numpy as jnp
 from jax.custom_derivatives import SymbolicZero
 
 from linscale.kernels.axes import Axes, mesh_for, over_mesh
-from linscale.kernels.hopper import on_hopper
+from linscale.kernels.hopper import choose, on_hopper
 from linscale.kernels.remat import kept
 
-_log = logging.getLogger("linscale.kernels")
 WIDEST = 8192
 
 
@@ -77,14 +75,7 @@ def gated_rms_norm(
 def _choose(x, other, implementation, split_over):
     if other is not None and (x.shape, x.dtype) != (other.shape, other.dtype):
         raise ValueError(f"x {x.shape} {x.dtype} and {other.shape} {other.dtype} beside it must be alike.")
-    if implementation not in (None, "xla", "pallas_gpu"):
-        raise ValueError(f"implementation={implementation!r} is none of None, 'xla', 'pallas_gpu'.")
-    reason = refusal(x, split_over)
-    if implementation == "pallas_gpu" and reason:
-        raise ValueError(f"implementation='pallas_gpu' cannot serve: {reason}. None or 'xla' can.")
-    chosen = "xla" if implementation == "xla" or reason else "pallas_gpu"
-    _announce(chosen, reason)
-    return chosen
+    return choose("rms norm", implementation, refusal(x, split_over))
 
 
 def refusal(x, split_over: Axes | None = None) -> str | None:
@@ -180,8 +171,3 @@ def _by_rows(kernel, axes, arrays, results):
         return local(arrays)
     dims = {name: "BTD"[: x.ndim] for name, x in arrays.items() if x is not None}
     return over_mesh(local, mesh, axes, arrays, dims, results)
-
-
-@functools.cache
-def _announce(name: str, reason: str | None = None) -> None:
-    _log.info("rms norm: implementation %r on %s%s", name, jax.default_backend(), f", as {reason}" if reason else "")

@@ -21,9 +21,10 @@ import jax.numpy as jnp
 from flax import nnx
 
 from linscale.config import Model
+from linscale.kernels import ACTIVATIONS
 from linscale.kernels.remat import kept
 from linscale.models import tnl
-from linscale.models.layers import LowRankGate, activation, attend, dense, norm_over_heads, split_heads
+from linscale.models.layers import LowRankGate, attend, dense, norm_over_heads, split_heads
 
 
 class Mixer(nnx.Module):
@@ -50,6 +51,6 @@ class Mixer(nnx.Module):
         *qkv, gate_BTD = (w(x_BTD) for w, x_BTD in zip(products, inputs, strict=True))
         q, k, v = (split_heads(x_BTD, model.heads) for x_BTD in qkv)
         q, k = kept((jax.nn.silu(q), jax.nn.silu(k)))
-        v = activation(model.value_activation)(v)
+        v = ACTIVATIONS[model.value_activation](v)
         out, caches = attend(model, q, k, v, cache=cache, segment_ids=segment_ids, phase=self.theta[...])
         return self.out(norm_over_heads(out, gate_BTD)), caches

@@ -16,9 +16,10 @@ import jax.numpy as jnp
 from flax import nnx
 
 from linscale.config import Model
+from linscale.kernels import ACTIVATIONS
 from linscale.kernels.remat import kept
 from linscale.models import tnl
-from linscale.models.layers import activation, attend, dense, norm_over_heads, split_heads
+from linscale.models.layers import attend, dense, norm_over_heads, split_heads
 
 
 class Mixer(nnx.Module):
@@ -43,7 +44,7 @@ class Mixer(nnx.Module):
         products = (self.query, self.value, self.forget)
         *qv, forget_BTD = (w(x_BTD) for w, x_BTD in zip(products, inputs, strict=True))
         q, v = (split_heads(x_BTD, model.heads) for x_BTD in qv)
-        q = kept(activation(model.hgrn2_query_activation)(q))
+        q = kept(ACTIVATIONS[model.hgrn2_query_activation](q))
         # In bfloat16 the logs are rounded too: near 0 that hardly moves a gate.
         gates = split_heads(log_forget(forget_BTD, self.lower_bound[...]), model.heads)
         out, caches = attend(model, q, None, v, cache=cache, segment_ids=segment_ids, log_decay=gates)

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from linscale.config import Model
-from linscale.kernels import ACTIVATIONS, gated_rms_norm, gated_unit, linear_attention, linear_attention_step, rms_norm
+from linscale.kernels import gated_rms_norm, gated_unit, linear_attention, linear_attention_step, rms_norm
 from linscale.sharding import AXES, constrain
 
 EPSILON = 1e-6
@@ -116,10 +116,6 @@ class LowRankGate(nnx.Module):
     def __call__(self, x_BTD):
         # Kept apart from other products with x: merged with one, XLA would slice and copy what comes of both.
         return self.up(self.down(jax.lax.optimization_barrier(x_BTD)))
-
-
-def activation(name: str):
-    return ACTIVATIONS[name]
 
 
 class LayerCache(typing.NamedTuple):

@@ -19,9 +19,9 @@ import numpy as np
 from flax import nnx
 
 from linscale.config import Model
-from linscale.kernels import rms_norm
+from linscale.kernels import ACTIVATIONS, rms_norm
 from linscale.kernels.remat import kept
-from linscale.models.layers import LowRankGate, activation, attend, dense, norm_over_heads, split_heads
+from linscale.models.layers import LowRankGate, attend, dense, norm_over_heads, split_heads
 from linscale.sharding import AXES
 
 
@@ -50,7 +50,7 @@ class Mixer(nnx.Module):
         *qkv, gate_BTD = (w(x_BTD) for w, x_BTD in zip(products, inputs, strict=True))
         q, k, v = (split_heads(x_BTD, model.heads) for x_BTD in qkv)
         q, k = kept((jax.nn.silu(q), jax.nn.silu(k)))
-        v = activation(model.value_activation)(v)
+        v = ACTIVATIONS[model.value_activation](v)
         out, caches = attend(model, q, k, v, cache=cache, segment_ids=segment_ids, log_decay=log_decay(model, layer))
         return self.out(norm_over_heads(out, gate_BTD)), caches
 

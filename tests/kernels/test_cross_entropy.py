@@ -7,14 +7,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from hopper_tests import emulates, hopper, lowers
 
 from linscale.kernels import Axes, cross_entropy
 from linscale.kernels.cross_entropy import chunked
-
-old = tuple(int(x) for x in jax.__version__.split(".")[:2]) < (0, 11)
-lowers = pytest.mark.skipif(old, reason=f"jax {jax.__version__} lowers Mosaic GPU kernels of jax >= 0.11 only")
-emulates = pytest.mark.skipif(old, reason=f"jax {jax.__version__} has no Mosaic GPU as of jax >= 0.11")
-hopper = pytest.mark.skipif(not chunked.on_hopper(), reason="no Hopper GPU here")
 
 
 def reference(hidden, embedding, labels, weights):

@@ -7,15 +7,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from hopper_tests import emulates, hopper, lowered, lowers
 
 from linscale.kernels import Axes, gated_unit
 from linscale.kernels.gated_unit import api
 from linscale.kernels.remat import KEPT
 
-old = tuple(int(x) for x in jax.__version__.split(".")[:2]) < (0, 11)
-lowers = pytest.mark.skipif(old, reason=f"jax {jax.__version__} lowers Mosaic GPU kernels of jax >= 0.11 only")
-emulates = pytest.mark.skipif(old, reason=f"jax {jax.__version__} has no Mosaic GPU as of jax >= 0.11")
-hopper = pytest.mark.skipif(not api.on_hopper(), reason="no Hopper GPU here")
 every_type = pytest.mark.parametrize("dtype", (jnp.float32, jnp.bfloat16))
 every_activation = pytest.mark.parametrize("activation", ("none", "silu"))
 # Of what is multiplied, a gate counting as one at least, as silu's slope has a zero. XLA rounds every step in bfloat16.
@@ -62,10 +59,6 @@ def test_kernel_emulated(shape, dtype, activation, monkeypatch):
         assert api.refusal(jnp.zeros(shape, dtype)) is None
         # The forward pass is XLA's, which rounds silu in bfloat16 first.
         check(shape, dtype, activation, BOUND if activation == "none" else BOUND_OF_XLA)
-
-
-def lowered(f, *args):
-    return jax.jit(f).trace(*args).lower(lowering_platforms=("cuda",)).as_text()
 
 
 def loss(up, gate, activation="silu", axes=None):

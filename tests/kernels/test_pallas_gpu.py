@@ -9,16 +9,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import test_linear_attention as shared
+from hopper_tests import hopper, lowers
 
 from linscale.kernels import Axes, linear_attention
 from linscale.kernels.linear_attention import pallas_gpu
 
 EVERY = ("none", "scalar", "phase", "vector", "tied")
-old = tuple(int(x) for x in jax.__version__.split(".")[:2]) < (0, 11)
 # "none" is "scalar" without its decay, "tied" is "vector" without k
 FAMILIES = [pytest.param(kind, marks=[pytest.mark.slow] * (kind in ("none", "tied"))) for kind in EVERY]
-lowers = pytest.mark.skipif(old, reason=f"jax {jax.__version__} lowers Mosaic GPU kernels of jax >= 0.11 only")
-hopper = pytest.mark.skipif(not pallas_gpu.on_hopper(), reason="no Hopper GPU here")
 
 
 def shapes(kind, tokens, channels, state, segments, batch=2, heads=3, values=None):

@@ -8,12 +8,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import test_linear_attention as shared
+from hopper_tests import emulates
 
 from linscale.kernels import linear_attention
 from linscale.kernels.linear_attention import pallas_gpu, pallas_gpu_mild, pallas_gpu_phase
 
-old = tuple(int(x) for x in jax.__version__.split(".")[:2]) < (0, 11)
-pytestmark = pytest.mark.skipif(old, reason=f"jax {jax.__version__} has no Mosaic GPU as of jax >= 0.11")
+pytestmark = emulates
 
 
 def outputs_and_gradients(run, arrays, weights):

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from hopper_tests import emulates, hopper, lowered, lowers
 
 from linscale.kernels import Axes, gated_rms_norm, rms_norm
 from linscale.kernels.remat import KEPT
@@ -16,10 +17,6 @@ EPSILON = 1e-3  # large enough to be seen
 # Of a row's root mean square. The kernels round the normed x, which they keep, and results; XLA every step outside the norm.
 BOUND = {"float32": 3e-7, "bfloat16": 4e-3}
 BOUND_OF_XLA = {"float32": 3e-7, "bfloat16": 2e-2}
-old = tuple(int(x) for x in jax.__version__.split(".")[:2]) < (0, 11)
-lowers = pytest.mark.skipif(old, reason=f"jax {jax.__version__} lowers Mosaic GPU kernels of jax >= 0.11 only")
-emulates = pytest.mark.skipif(old, reason=f"jax {jax.__version__} has no Mosaic GPU as of jax >= 0.11")
-hopper = pytest.mark.skipif(not api.on_hopper(), reason="no Hopper GPU here")
 every_form = pytest.mark.parametrize(("uses", "add", "beside"), [(1, False, False), (3, False, True), (2, True, True)])
 every_type = pytest.mark.parametrize("dtype", (jnp.float32, jnp.bfloat16))
 
@@ -115,10 +112,6 @@ def test_gated_kernels_emulated(shape, dtype, monkeypatch):
     monkeypatch.setattr(api, "on_hopper", lambda: True)
     with emulated():
         check_gated(shape, dtype)
-
-
-def lowered(f, *args):
-    return jax.jit(f).trace(*args).lower(lowering_platforms=("cuda",)).as_text()
 
 
 def gated_loss(x, gate, axes=None):
