@@ -70,8 +70,9 @@ def pallas_gpu(q, k, v, log_decay, phase, initial_state, segment_ids):
         first = None if segment_ids is None else document_starts(segment_ids, q)
         out, state = _vector(q, k, v, widen(log_decay), initial_state, first)
     else:
-        log_decay = jnp.zeros(q.shape[2], jnp.float32) if log_decay is None else log_decay
-        out, state = _scalar(tokens, q, k, v, log_decay, initial_state, segment_ids)
+        decays = log_decay is not None
+        log_decay = log_decay if decays else jnp.zeros(q.shape[2], jnp.float32)
+        out, state = _scalar(tokens, decays, q, k, v, log_decay, initial_state, segment_ids)
     state = state.reshape(*state.shape[:2], parts, wide_K, wide_V)[..., :K, :V]
     return out[:, :tokens, :, :V], state.reshape(*state.shape[:2], parts * K, V)
 
@@ -143,12 +144,12 @@ def _vector_backward(residuals, cotangents):
 _vector.defvjp(_vector_forward, _vector_backward)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _scalar(tokens, q, k, v, log_decay, initial_state, segment_ids):
-    return _scalar_values(tokens, q, k, v, log_decay, initial_state, segment_ids)[:2]
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _scalar(tokens, decays, q, k, v, log_decay, initial_state, segment_ids):
+    return _scalar_values(tokens, decays, q, k, v, log_decay, initial_state, segment_ids)[:2]
 
 
-def _scalar_values(tokens, q, k, v, log_decay, initial_state, segment_ids):
+def _scalar_values(tokens, decays, q, k, v, log_decay, initial_state, segment_ids):
     """out, the last state, and the state before each span by walks (None where it is zero)."""
     from linscale.kernels.linear_attention import pallas_gpu_scalar as kernels
 
@@ -159,7 +160,7 @@ def _scalar_values(tokens, q, k, v, log_decay, initial_state, segment_ids):
     docs = _documents(segment_ids, q, spans)
     initial_state = blocks.split_state(initial_state)
     before = None if initial_state is None else initial_state[:, None]
-    named = {"blocks": blocks, "tokens": tokens, "spans": spans}
+    named = {"blocks": blocks, "decays": decays, "tokens": tokens, "spans": spans}
     if spans > 1:
         added = kernels.states(k, v, rate, docs, **named)
         before = chain(initial_state, added, _survival(rate, docs, tokens, spans, blocks))
@@ -167,16 +168,16 @@ def _scalar_values(tokens, q, k, v, log_decay, initial_state, segment_ids):
     return blocks.join_values(out), blocks.join_state(after[:, -1]), before
 
 
-def _scalar_forward(tokens, *args):
+def _scalar_forward(tokens, decays, *args):
     q, k, v, log_decay, initial_state, segment_ids = jax.tree.map(
         lambda x: x.value, args, is_leaf=lambda x: hasattr(x, "perturbed")
     )
     learned = args[3].perturbed
-    out, state, before = _scalar_values(tokens, q, k, v, log_decay, initial_state, segment_ids)
+    out, state, before = _scalar_values(tokens, decays, q, k, v, log_decay, initial_state, segment_ids)
     return (out, state), (q, k, v, log_decay, initial_state, segment_ids, kept(before), () if learned else None)
 
 
-def _scalar_backward(tokens, residuals, cotangents):
+def _scalar_backward(tokens, decays, residuals, cotangents):
     from linscale.kernels.linear_attention import pallas_gpu_scalar as kernels
     from linscale.kernels.linear_attention.pallas_gpu_scalar_backward import backward_kv
 
@@ -189,7 +190,7 @@ def _scalar_backward(tokens, residuals, cotangents):
     spans = _spans("scalar", q, blocks)
     qs, ks, vs, ds = blocks.split(q, k, v, d_out)
     docs = _documents(segment_ids, q, spans)
-    named = {"tokens": tokens, "spans": spans}
+    named = {"decays": decays, "tokens": tokens, "spans": spans}
 
     swapped = blocks.swapped
     dq, _ = kernels.forward(ds, vs, ks, rate, blocks.turned(before), docs, blocks=swapped, final=False, **named)

@@ -26,6 +26,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from linscale.kernels.linear_attention import pallas_gpu_rows as rows
+from linscale.kernels.linear_attention import pallas_gpu_scores as on_scores
 
 C = 64
 BF, F32 = jnp.bfloat16, jnp.float32
@@ -123,11 +124,12 @@ class Walk:
         return jnp.maximum(self.length(start) - 1.0 - iota(shape, 0), 0.0)
 
 
-def forward(q, k, v, rate, initial, docs, *, blocks, tokens=None, spans=1, final=True, stages=3):
+def forward(q, k, v, rate, initial, docs, *, blocks, decays=True, tokens=None, spans=1, final=True, stages=3):
     """out [B,T,walks,V] and the state at the end of each span [B,N,walks,K,V] (None unless `final`).
 
     q, k, v bfloat16, [B,T,H blocks,.], and walks as in `Blocks`; rate [H] = log2 of the decay; initial [B,N,walks,K,V] or None; docs
-    [B,chunks,5,C] or None. The backward pass calls it with (do, v, k) for dq.
+    [B,chunks,5,C] or None. The backward pass calls it with (do, v, k) for dq. Without decay (`decays` False) nothing but
+    documents is weighted.
     """
     (B, T, _, K), V = q.shape, v.shape[-1]
     walks = q.shape[2] * blocks.values
@@ -135,6 +137,7 @@ def forward(q, k, v, rate, initial, docs, *, blocks, tokens=None, spans=1, final
     walk = Walk(tokens or T, spans)
     stages = min(stages, walk.chunks)
     documents, start_state = docs is not None, initial is not None
+    weighs = decays or documents
 
     def body(*refs):
         refs = list(refs)
@@ -150,8 +153,9 @@ def forward(q, k, v, rate, initial, docs, *, blocks, tokens=None, spans=1, final
         def _compute():
             plgpu.set_max_registers(232, action="increase")
             r = rate_g[blocks.places(h)[0]]
-            age = iota((C, C), 0) - iota((C, C), 1)
-            mask = jnp.where(age >= 0, jnp.exp2(r * jnp.maximum(age, 0.0)), 0.0)
+            if weighs:
+                age = iota((C, C), 0) - iota((C, C), 1)
+                mask = jnp.where(age >= 0, jnp.exp2(r * jnp.maximum(age, 0.0)), 0.0)
             mine = pl.ds(wg * half, half)
             if start_state:
                 S = rows.load_state(initial_g.at[b, span, h, :, mine], (K, half))
@@ -170,30 +174,33 @@ def forward(q, k, v, rate, initial, docs, *, blocks, tokens=None, spans=1, final
                 def scores(acc, oacc):
                     plgpu.wgmma(acc, q_s.at[slot], k_s.at[slot].transpose((1, 0)))
                     plgpu.wgmma(oacc, q_s.at[slot], s_s.at[here])
-                    # While the tensor cores run: values carried to the chunk's end.
-                    weight = jnp.exp2(r * walk.to_end(start, (C, half)))
-                    if documents:
-                        weight = weight * along_rows(docs_s[0].at[slot, REACHES], (C, half))
-                    vs_s.at[here][...] = (load(v_s.at[slot, wg]).astype(F32) * weight).astype(BF)
-                    p = plgpu.wgmma_accumulator_load(acc, wait_n=1) * mask
+                    if weighs:  # While the tensor cores run: values carried to the chunk's end.
+                        weight = jnp.exp2(r * walk.to_end(start, (C, half)))
+                        if documents:
+                            weight = weight * along_rows(docs_s[0].at[slot, REACHES], (C, half))
+                        vs_s.at[here][...] = (load(v_s.at[slot, wg]).astype(F32) * weight).astype(BF)
+                    p = plgpu.wgmma_accumulator_load(acc, wait_n=1)
+                    p = p * mask if weighs else on_scores.causal(p)
                     if documents:
                         p = p * same_document(docs_s[0].at[slot], transposed=False)
                     return p.astype(BF), oacc[...]
 
                 p, o = pl.run_scoped(scores, plgpu.ACC((C, C), F32), plgpu.ACC((C, half), F32))
-                reads = jnp.exp2(r * (iota((C, half), 0) + 1.0))
-                S = S * jnp.exp2(r * walk.length(start))
-                if documents:
-                    reads = reads * along_rows(docs_s[0].at[slot, READS], (C, half))
-                    S = S * along_columns(docs_s[0].at[slot, SURVIVES, pl.ds(0, half)], (K, half))
+                if weighs:
+                    reads = jnp.exp2(r * (iota((C, half), 0) + 1.0))
+                    S = S * jnp.exp2(r * walk.length(start))
+                    if documents:
+                        reads = reads * along_rows(docs_s[0].at[slot, READS], (C, half))
+                        S = S * along_columns(docs_s[0].at[slot, SURVIVES, pl.ds(0, half)], (K, half))
+                    o = o * reads
                 plgpu.commit_smem()
 
                 def update(refs):
                     oacc, sacc = refs
                     plgpu.wgmma(oacc, p, v_s.at[slot, wg])
-                    plgpu.wgmma(sacc, k_s.at[slot].transpose((1, 0)), vs_s.at[here])
+                    plgpu.wgmma(sacc, k_s.at[slot].transpose((1, 0)), vs_s.at[here] if weighs else v_s.at[slot, wg])
 
-                o, S = pl.run_state(update)((plgpu.ACC.init(o * reads), plgpu.ACC.init(S)))
+                o, S = pl.run_state(update)((plgpu.ACC.init(o), plgpu.ACC.init(S)))
                 plgpu.barrier_arrive(empty.at[slot])
                 plgpu.wait_smem_to_gmem(0, wait_read_only=True)  # the output before has left shared memory
                 o_s.at[wg][...] = o.astype(BF)
@@ -244,7 +251,7 @@ def forward(q, k, v, rate, initial, docs, *, blocks, tokens=None, spans=1, final
     return out[0], out[1] if final else None
 
 
-def states(k, v, rate, docs, *, blocks, tokens=None, spans, reverse=False, stages=4):
+def states(k, v, rate, docs, *, blocks, decays=True, tokens=None, spans, reverse=False, stages=4):
     """What each span adds to a state that enters it as zero: [B,N,walks,K,V].
 
     Forward: sum over the span of decay^(tokens to its end) k v^T. Reverse, with (q, do) for (k, v):
@@ -256,6 +263,7 @@ def states(k, v, rate, docs, *, blocks, tokens=None, spans, reverse=False, stage
     walk = Walk(tokens or T, spans)
     stages = min(stages, walk.chunks)
     documents = docs is not None
+    weighs = decays or documents
 
     def body(*refs):
         refs = list(refs)
@@ -273,17 +281,18 @@ def states(k, v, rate, docs, *, blocks, tokens=None, spans, reverse=False, stage
                 slot = lax.rem(t, jnp.int32(stages))
                 start = walk.start(span, t, reverse)
                 plgpu.barrier_wait(full.at[slot])
-                shape = (C, half)
-                weight = jnp.exp2(r * (iota(shape, 0) + 1.0 if reverse else walk.to_end(start, shape)))
-                S = S * jnp.exp2(r * walk.length(start))
-                if documents:
-                    weight = weight * along_rows(docs_s[0].at[slot, READS if reverse else REACHES], shape)
-                    S = S * along_columns(docs_s[0].at[slot, SURVIVES, pl.ds(0, half)], (K, half))
-                vs_s.at[wg][...] = (load(v_s.at[slot, wg]).astype(F32) * weight).astype(BF)
-                plgpu.commit_smem()
+                if weighs:
+                    shape = (C, half)
+                    weight = jnp.exp2(r * (iota(shape, 0) + 1.0 if reverse else walk.to_end(start, shape)))
+                    S = S * jnp.exp2(r * walk.length(start))
+                    if documents:
+                        weight = weight * along_rows(docs_s[0].at[slot, READS if reverse else REACHES], shape)
+                        S = S * along_columns(docs_s[0].at[slot, SURVIVES, pl.ds(0, half)], (K, half))
+                    vs_s.at[wg][...] = (load(v_s.at[slot, wg]).astype(F32) * weight).astype(BF)
+                    plgpu.commit_smem()
 
                 def update(sacc):
-                    plgpu.wgmma(sacc, k_s.at[slot].transpose((1, 0)), vs_s.at[wg])
+                    plgpu.wgmma(sacc, k_s.at[slot].transpose((1, 0)), vs_s.at[wg] if weighs else v_s.at[slot, wg])
 
                 S = pl.run_state(update)(plgpu.ACC.init(S))
                 plgpu.barrier_arrive(empty.at[slot])

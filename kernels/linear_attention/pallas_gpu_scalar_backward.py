@@ -12,6 +12,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from linscale.kernels.linear_attention import pallas_gpu_rows as rows
+from linscale.kernels.linear_attention import pallas_gpu_scores as on_scores
 from linscale.kernels.linear_attention.pallas_gpu_scalar import (
     BF,
     F32,
@@ -34,7 +35,7 @@ from linscale.kernels.linear_attention.pallas_gpu_scalar import (
 )
 
 
-def backward_kv(q, k, v, do, rate, final, docs, *, blocks, tokens=None, spans=1, initial=True, stages=2):
+def backward_kv(q, k, v, do, rate, final, docs, *, blocks, decays=True, tokens=None, spans=1, initial=True, stages=2):
     """dk, dv [B,T,walks,.] and, if `initial`, the gradient of the state before each span, transposed [B,N,walks,V,K].
 
     One sweep from the end. G [V,K] = sum of decay do q^T over later tokens serves both: dk reads G, dv its transpose.
@@ -47,6 +48,7 @@ def backward_kv(q, k, v, do, rate, final, docs, *, blocks, tokens=None, spans=1,
     walk = Walk(tokens or T, spans)
     stages = min(stages, walk.chunks)
     documents, end_state = docs is not None, final is not None
+    weighs = decays or documents
 
     def body(*refs):
         refs = list(refs)
@@ -62,8 +64,9 @@ def backward_kv(q, k, v, do, rate, final, docs, *, blocks, tokens=None, spans=1,
             width = (K, V)[w] // 2  # the output is made in two halves
             plgpu.set_max_registers(232, action="increase")
             r = rate_g[blocks.places(h)[0]]
-            age = iota((C, C), 1) - iota((C, C), 0)
-            m_s[...] = jnp.where(age >= 0, jnp.exp2(r * jnp.maximum(age, 0.0)), 0.0)  # both write the same values
+            if weighs:
+                age = iota((C, C), 1) - iota((C, C), 0)
+                m_s[...] = jnp.where(age >= 0, jnp.exp2(r * jnp.maximum(age, 0.0)), 0.0)  # both write the same values
             mine = pl.ds(w * half, half)
             if end_state:
                 G = rows.load_state(final_g.at[b, span, h, :, mine], (V, half))
@@ -91,11 +94,13 @@ def backward_kv(q, k, v, do, rate, final, docs, *, blocks, tokens=None, spans=1,
                             part = A.at[:, pl.ds(i * half, half)]
                             plgpu.wgmma(o0, part, g_s.at[zero + i, pl.ds(0, width)].transpose((1, 0)))
                             plgpu.wgmma(o1, part, g_s.at[zero + i, pl.ds(width, width)].transpose((1, 0)))
-                    weight = jnp.exp2(r * (iota((C, half), 0) + 1.0))
-                    if documents:
-                        weight = weight * along_rows(docs_s[0].at[slot, READS - LAST], (C, half))
-                    qs_s.at[zero + w][...] = (load(q_s.at[slot, :, mine]).astype(F32) * weight).astype(BF)
-                    p = plgpu.wgmma_accumulator_load(acc, wait_n=2 if w == 0 else 4) * load(m_s)
+                    if weighs:
+                        weight = jnp.exp2(r * (iota((C, half), 0) + 1.0))
+                        if documents:
+                            weight = weight * along_rows(docs_s[0].at[slot, READS - LAST], (C, half))
+                        qs_s.at[zero + w][...] = (load(q_s.at[slot, :, mine]).astype(F32) * weight).astype(BF)
+                    p = plgpu.wgmma_accumulator_load(acc, wait_n=2 if w == 0 else 4)
+                    p = p * load(m_s) if weighs else on_scores.causal(p, reverse=True)
                     if documents:
                         p = p * same_document(docs_s[0].at[slot], transposed=True)
                     return p.astype(BF), o0[...], o1[...]
@@ -104,11 +109,13 @@ def backward_kv(q, k, v, do, rate, final, docs, *, blocks, tokens=None, spans=1,
                     scores, plgpu.ACC((C, C), F32), plgpu.ACC((C, width), F32), plgpu.ACC((C, width), F32)
                 )
                 plgpu.barrier_arrive(gread)
-                weight = jnp.exp2(r * walk.to_end(start, (C, width)))
-                G = G * jnp.exp2(r * walk.length(start))
-                if documents:
-                    weight = weight * along_rows(docs_s[0].at[slot, REACHES - LAST], (C, width))
-                    G = G * along_columns(docs_s[0].at[slot, SURVIVES - LAST, pl.ds(0, half)], (V, half))
+                if weighs:
+                    weight = jnp.exp2(r * walk.to_end(start, (C, width)))
+                    G = G * jnp.exp2(r * walk.length(start))
+                    if documents:
+                        weight = weight * along_rows(docs_s[0].at[slot, REACHES - LAST], (C, width))
+                        G = G * along_columns(docs_s[0].at[slot, SURVIVES - LAST, pl.ds(0, half)], (V, half))
+                    o0, o1 = o0 * weight, o1 * weight
                 plgpu.commit_smem()
 
                 def update(refs):
@@ -116,11 +123,10 @@ def backward_kv(q, k, v, do, rate, final, docs, *, blocks, tokens=None, spans=1,
                     X = (q_s, do_s)[w].at[slot]
                     plgpu.wgmma(a0, p, X.at[:, pl.ds(0, width)])
                     plgpu.wgmma(a1, p, X.at[:, pl.ds(width, width)])
-                    plgpu.wgmma(gacc, do_s.at[slot].transpose((1, 0)), qs_s.at[zero + w])
+                    reads = qs_s.at[zero + w] if weighs else q_s.at[slot, :, mine]
+                    plgpu.wgmma(gacc, do_s.at[slot].transpose((1, 0)), reads)
 
-                o0, o1, G = pl.run_state(update)(
-                    (plgpu.ACC.init(o0 * weight), plgpu.ACC.init(o1 * weight), plgpu.ACC.init(G))
-                )
+                o0, o1, G = pl.run_state(update)((plgpu.ACC.init(o0), plgpu.ACC.init(o1), plgpu.ACC.init(G)))
                 plgpu.barrier_arrive(empty.at[slot])
                 plgpu.barrier_wait(gread)
                 g_s.at[w][...] = G.astype(BF)

@@ -74,6 +74,7 @@ def draw(kind, tokens, **kw):
     [
         ("scalar", 1, True, False),
         ("scalar", 2, False, False),
+        ("none", 2, False, False),
         ("phase", 1, True, False),
         pytest.param("phase", 1, False, False, marks=pytest.mark.slow),
         ("phase", 2, True, False),
