@@ -33,14 +33,20 @@ def constant(value, shape):
     return plgpu.layout_cast(jnp.full(shape, value, F32), ROWS)
 
 
-FAINT = 1e-30  # the mark of a first token whose own log decay is zero
+LEAST = -112.0  # exp of it is 0 in float32
+MARK = 2.0**96
+FAINT = 2.0**-89  # a first token's log decay counts as at most minus this, so that the marked one is at most -128
 
 
 def mark(log_decay, first):
-    """log_decay with its sign turned where `first`, [B,T], says that a document's first token is."""
+    """log_decay times MARK where `first`, [B,T], says that a document's first token is; the others are at least LEAST.
+
+    The gate of a marked log decay is 0 like any other's of its size, and a chunk that has one is not mild.
+    """
     flat = log_decay.reshape(*first.shape, -1)  # by heads, XLA would not fuse it with what forms the log decays
-    marked = jnp.maximum(-flat, jnp.asarray(FAINT, flat.dtype))
-    return jnp.where(first[..., None], marked, flat).reshape(log_decay.shape)
+    faint, times, least = (jnp.asarray(x, flat.dtype) for x in (-FAINT, MARK, LEAST))
+    marked = jnp.minimum(flat, faint) * times
+    return jnp.where(first[..., None], marked, jnp.maximum(flat, least)).reshape(log_decay.shape)
 
 
 def gates(x, documents, tied, short=False):
@@ -49,11 +55,11 @@ def gates(x, documents, tied, short=False):
     A first token's gate is closed, so that nothing of earlier documents passes; its key is its log decay's all the same.
     `short`: keys near zero by a shorter series, to 5e-5 of themselves, for kernels that are bound by arithmetic.
     """
-    g = jnp.minimum(x, -x) if documents else x
-    a = jnp.exp(g)
-    closed = jnp.where(x > 0.0, 0.0, a) if documents else a
     if not tied:
-        return closed, None
+        return jnp.exp(x), None
+    g = jnp.where(x < LEAST, x * (1.0 / MARK), x) if documents else x
+    a = jnp.exp(g)
+    closed = jnp.where(x < LEAST, 0.0, a) if documents else a
     # Near zero the difference would lose digits.
     if short:
         return closed, jnp.where(g > -0.004, g * (-1.0 - 0.5 * g), 1.0 - a)

@@ -7,8 +7,8 @@ keeps queries' weights at most 1 and keys' at most e^60, so that rounding stays 
 (`pallas_gpu_gates`), which serves every other chunk: stronger gates, closed ones (-inf) and NaN. Which a chunk is, it
 finds out on chip. So results are as exact for any gate; their time depends on the gates.
 
-The tensor cores sum the log decays, which must be bfloat16 for that. Marks of first tokens are no log decays: kernels of
-`documents` and of float32 log decays halve every chunk.
+The tensor cores sum the log decays, which must be bfloat16 for that: float32 log decays have every chunk halved. So has a
+chunk in which a document begins, at whichever token: its first token's mark is far below FLOOR (`pallas_gpu_gates.mark`).
 """
 
 import math
@@ -26,9 +26,9 @@ FLOOR = -60.0
 LOG2E = math.log2(math.e)
 
 
-def tells_mild(log_decay, documents):
+def tells_mild(log_decay):
     """Whether the kernels tell mild chunks from others at all."""
-    return log_decay.dtype == BF and not documents
+    return log_decay.dtype == BF
 
 
 def sums(g_s, channels, upto=None):

@@ -48,7 +48,7 @@ def forward(q, k, v, log_decay, initial, *, blocks, spans=1, save=False, documen
     start_state = initial is not None
     tied, parts = k is None, K // 2 // SLICE
     g_type = log_decay.dtype
-    tells = milds.tells_mild(log_decay, documents)
+    tells = milds.tells_mild(log_decay)
     per_stage = C * (K * (2 if tied else 4) + 2 * V + K * jnp.dtype(g_type).itemsize)
     fixed = (
         2 * C * K * (3 if tied else 2)

@@ -36,7 +36,7 @@ def carry(q, k, do, log_decay, scores, after, *, blocks, spans=1, documents=Fals
     walk = Walk(T, spans)
     tied, end_state, parts = k is None, after is not None, K // 2 // SLICE
     g_type = log_decay.dtype
-    tells = milds.tells_mild(log_decay, documents)
+    tells = milds.tells_mild(log_decay)
     per_stage = C * (K * (2 if tied else 4) + 2 * V + K * jnp.dtype(g_type).itemsize) + 2 * C * C
     fixed = 2 * C * K * tied + 2 * K * V + 2 * C * V + K * 16 + 2 * 4 * SLICE * 4 + 2 * C * C * tells
     stages = max(1, min(stages, walk.chunks, (SHARED - fixed) // per_stage))

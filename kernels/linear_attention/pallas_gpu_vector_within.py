@@ -48,7 +48,7 @@ def within(q, k, v, do, log_decay, states, grads, *, blocks, documents=False):
     walks = q.shape[2] * blocks.values
     part = min(64, K)  # key channels of a block: two blocks fit a multiprocessor
     chunks, tied, g_type = math.ceil(T / C), k is None, log_decay.dtype
-    tells = milds.tells_mild(log_decay, documents)
+    tells = milds.tells_mild(log_decay)
 
     def body(*refs):
         refs = list(refs)
@@ -111,7 +111,7 @@ def within(q, k, v, do, log_decay, states, grads, *, blocks, documents=False):
         def slice_at_once(s):
             mine = pl.ds(s * SLICE, SLICE)
             to_token, whole = milds.sums(g_s.at[:, mine], SLICE)
-            a, k = gates(load(g_s.at[:, mine]).astype(F32), documents, tied, short=True)
+            a, k = gates(load(g_s.at[:, mine]).astype(F32), False, tied, short=True)
             k = k if tied else load(k_s.at[:, mine]).astype(F32)
             q = load(q_s.at[:, mine]).astype(F32)
             forth, back, whole = milds.weights(to_token, whole)

@@ -39,8 +39,20 @@ def draw(kinds, shape, seed):
     return np.asarray(jnp.asarray(np.concatenate(chunks, 1)[:, :tokens], jnp.bfloat16), np.float64)
 
 
-def mild(log_decay):
-    """[B,chunks,H,K] bool: whether a chunk's sum is at least FLOOR; tokens past the end count as zero."""
+def documents(tokens, *firsts):
+    """Segment ids [B,tokens] of sequences whose documents after their first begin at these tokens."""
+    return np.stack([np.cumsum(np.isin(np.arange(tokens), first)) for first in firsts])
+
+
+def mild(log_decay, ids=None):
+    """[B,chunks,H,K] bool: whether a chunk's sum is at least FLOOR and no document begins in it (ids [B,T] or None).
+
+    Tokens past the end count as zero. The first token of all begins no document.
+    """
     batch, tokens, heads, channels = log_decay.shape
-    x = np.pad(log_decay, [(0, 0), (0, -tokens % CHUNK), (0, 0), (0, 0)])
+    x = log_decay
+    if ids is not None:
+        begins = np.pad(ids[:, 1:] != ids[:, :-1], [(0, 0), (1, 0)])
+        x = np.where(begins[..., None, None], -np.inf, x)
+    x = np.pad(x, [(0, 0), (0, -tokens % CHUNK), (0, 0), (0, 0)])
     return x.reshape(batch, -1, CHUNK, heads, channels).sum(2) >= FLOOR

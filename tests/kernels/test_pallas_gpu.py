@@ -69,19 +69,40 @@ def test_forward_and_backward_lower(kind, tokens, keys, values, state, segments)
 
 @lowers
 @pytest.mark.parametrize(
-    ("kind", "tokens", "channels"),
+    ("kind", "tokens", "channels", "segments"),
     [
-        ("tied", 1001, 128),
-        ("bfloat16 gates", 2100, 64),
+        ("tied", 1001, 128, False),
+        ("bfloat16 gates", 2100, 64, False),
         *(
             pytest.param(*case, marks=pytest.mark.slow)
-            for case in (("bfloat16 gates", 2100, 128), ("tied", 2100, 64), ("bfloat16 gates", 5, 256))
+            for case in (
+                ("bfloat16 gates", 2100, 128, False),
+                ("tied", 2100, 64, False),
+                ("bfloat16 gates", 5, 256, False),
+                ("bfloat16 gates", 2100, 128, True),
+            )
         ),
     ],
 )
-def test_kernels_that_tell_mild_chunks_lower(kind, tokens, channels):
-    """Those of bfloat16 gates without documents."""
-    test_forward_and_backward_lower(kind, tokens, channels, channels, state=True, segments=False)
+def test_kernels_that_tell_mild_chunks_lower(kind, tokens, channels, segments):
+    """Those of bfloat16 gates; the tests above have those of keys tied to them with documents."""
+    test_forward_and_backward_lower(kind, tokens, channels, channels, state=True, segments=segments)
+
+
+@lowers
+@pytest.mark.parametrize("dtype", (jnp.bfloat16, jnp.float32))
+def test_marks_close_gates_and_keep_keys(dtype):
+    from linscale.kernels.linear_attention.pallas_gpu_gates import FAINT, gates, mark
+
+    own = np.array([0.0, -1e-38, -1e-3, -0.5, -60.0, -111.0, -113.0, -1e4, -3e38, -np.inf])
+    own = np.asarray(jnp.asarray(np.tile(own, 2), dtype), np.float64)
+    first = np.arange(len(own)) < len(own) // 2
+    marked = mark(jnp.asarray(own[None, :, None, None], dtype), jnp.asarray(first[None])).astype(jnp.float32).ravel()
+    assert (marked[first] <= -128).all()  # below what the gates of a mild chunk may sum to
+    gate, key = gates(marked, True, True)
+    np.testing.assert_allclose(gate, np.where(first, 0.0, np.exp(own)), rtol=1e-5, atol=1e-44)
+    np.testing.assert_allclose(key, -np.expm1(own), rtol=1e-5, atol=FAINT)
+    np.testing.assert_array_equal(gates(marked, True, False)[0], gate)
 
 
 @lowers
@@ -258,6 +279,21 @@ class TestOnTheDevice:
         arrays["log_decay"] = gates_of_chunks.draw(chunks, arrays["log_decay"].shape, 14)
         shared.compare("pallas_gpu", arrays, None, 5e-3, dtype=jnp.bfloat16, gates=jnp.bfloat16)
 
+    @pytest.mark.parametrize("tied", (False, True))
+    @pytest.mark.parametrize("channels", (64, 128, 256))
+    @pytest.mark.parametrize("chunks", ("mmmmmm", "zimsfm", "mzmcimfb" * 4 + "m"))  # the third is cut into spans
+    def test_mild_chunks_with_documents(self, chunks, channels, tied, monkeypatch):
+        """They begin on the first, a middle and the last token of mild chunks, on closed gates, and in short ones."""
+        heads = 3 if channels < 256 else 1  # the scan keeps all states in float64
+        for name, size in {"HEADS": heads, "KEY": channels, "VALUE": channels}.items():
+            monkeypatch.setattr(shared, name, size)
+        tokens = 64 * len(chunks) - 12
+        arrays, _ = shared.draw(15, tokens, "vector/1", tied_key=tied)
+        arrays["log_decay"] = gates_of_chunks.draw(chunks, arrays["log_decay"].shape, 15)
+        ids = gates_of_chunks.documents(tokens, (20, 21, 94, 192), (127, *range(256, 300, 7), tokens - 1))
+        assert gates_of_chunks.mild(arrays["log_decay"], ids).any()
+        shared.compare("pallas_gpu", arrays, ids, 5e-3, dtype=jnp.bfloat16, gates=jnp.bfloat16)
+
     @pytest.mark.parametrize("kind", ("scalar", "vector/1"))
     def test_minus_infinity_forgets(self, kind):
         arrays, _ = shared.draw(11, 40, kind)
@@ -268,11 +304,14 @@ class TestOnTheDevice:
         np.testing.assert_allclose(got["out"], np.sum(q * k, -1, keepdims=True) * v, rtol=2e-2, atol=0.2)
         assert all(np.isfinite(np.asarray(x, np.float32)).all() for x in got.values())
 
-    @pytest.mark.parametrize("kind", ("scalar", "vector/1", "mild and strong"))
-    def test_bits_do_not_change_between_runs(self, kind):
+    @pytest.mark.parametrize(
+        ("kind", "segments"),
+        [("scalar", True), ("vector/1", True), ("mild and strong", False), ("mild and strong", True)],
+    )
+    def test_bits_do_not_change_between_runs(self, kind, segments):
         """A race would show as a moving error."""
         tokens, chosen = 1000, kind == "mild and strong"
-        arrays, ids = shared.draw(12, tokens, "vector/1" if chosen else kind, segments=not chosen)
+        arrays, ids = shared.draw(12, tokens, "vector/1" if chosen else kind, segments=segments)
         gates = jnp.float32
         if chosen:
             arrays["log_decay"] = gates_of_chunks.draw("msmcifmb" * 2, arrays["log_decay"].shape, 12)

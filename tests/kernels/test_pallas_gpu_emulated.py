@@ -152,47 +152,57 @@ def calls(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("chunks", "spans", "channels", "tied", "state"),
+    ("chunks", "spans", "channels", "tied", "state", "firsts"),
     [
-        ("mcim", 2, 128, True, True),
-        ("fbz", 1, 128, False, True),
+        ("mcim", 2, 128, True, True, None),
+        ("fbz", 1, 128, False, True, None),
+        ("zimm", 2, 128, True, True, (20, 21, 94, 127, 192)),
         *(
             pytest.param(*case, marks=pytest.mark.slow)
             for case in (
-                ("mm", 1, 128, True, False),
-                ("mfsm", 2, 128, False, True),
-                ("fbm", 1, 128, True, True),
-                ("zim", 1, 128, True, False),
-                ("iic", 1, 128, False, False),
-                ("mcif", 2, 64, True, True),
-                ("bfms", 2, 64, False, True),
-                ("mcm", 1, 256, True, True),
+                ("mm", 1, 128, True, False, None),
+                ("mfsm", 2, 128, False, True, None),
+                ("fbm", 1, 128, True, True, None),
+                ("zim", 1, 128, True, False, None),
+                ("iic", 1, 128, False, False, None),
+                ("mcif", 2, 64, True, True, None),
+                ("bfms", 2, 64, False, True, None),
+                ("mcm", 1, 256, True, True, None),
+                ("zimm", 2, 128, False, True, (20, 21, 94, 127, 192)),
+                ("mfs", 1, 128, True, False, ()),
+                ("mzzm", 1, 128, True, True, (64, 191)),
+                ("mmcm", 2, 64, True, True, (*range(67, 128, 7), 191)),
+                ("mzm", 1, 256, True, True, (64,)),
             )
         ),
     ],
 )
-def test_mild_chunks(chunks, spans, channels, tied, state, calls, monkeypatch):
-    """bfloat16 gates without documents: each block of threads takes the short way for its mild chunks, and no other."""
+def test_mild_chunks(chunks, spans, channels, tied, state, firsts, calls, monkeypatch):
+    """bfloat16 gates: each block of threads takes the short way for its mild chunks, and no other.
+
+    firsts: where documents begin; None: the sequence has no segment ids. The marks of those of "zimm" lie in the middle of
+    a mild chunk, on a log decay of zero; on a closed gate; on the last and on the first token of a chunk, alone there.
+    """
     monkeypatch.setattr(shared, "KEY", channels)
     monkeypatch.setattr(shared, "VALUE", channels)
     tokens = 64 * len(chunks) - 54
     arrays, _ = shared.draw(tokens, tokens, "vector/1", state=state, tied_key=tied)
     gates = arrays["log_decay"] = gates_of_chunks.draw(chunks, arrays["log_decay"].shape, tokens)
-    compare(arrays, None, spans, monkeypatch, final=state, gates=jnp.bfloat16)
-    mild = gates_of_chunks.mild(gates)[0, :, 0]  # one row
+    ids = None if firsts is None else gates_of_chunks.documents(tokens, firsts)
+    compare(arrays, ids, spans, monkeypatch, final=state, gates=jnp.bfloat16)
+    mild = gates_of_chunks.mild(gates, ids)[0, :, 0]  # one row
     width, walks = min(channels, 128), max(1, channels // 128)  # walks: blocks of values for each block of keys
     whole, halves, slices = (walks * mild.reshape(len(mild), -1, n).all(-1).sum() for n in (width, width // 2, 64))
     # Forward each of two warpgroups weights once, `within` each of two slices of 64 channels, `carry` thrice by itself.
     assert calls == {"weights": 2 * whole + 2 * slices, "product": 3 * halves}
 
 
-@pytest.mark.parametrize(
-    ("segments", "gates"), [(True, jnp.bfloat16), pytest.param(False, jnp.float32, marks=pytest.mark.slow)]
-)
-def test_documents_and_float32_gates_halve_every_chunk(segments, gates, calls, monkeypatch):
+@pytest.mark.slow
+@pytest.mark.parametrize("segments", (False, True))
+def test_float32_gates_halve_every_chunk(segments, calls, monkeypatch):
     arrays, ids = shared.draw(120, 120, "vector/1", segments=segments, tied_key=True)
     arrays["log_decay"] = gates_of_chunks.draw("mf", arrays["log_decay"].shape, 0)
-    compare(arrays, ids, 1, monkeypatch, gates=gates)
+    compare(arrays, ids, 1, monkeypatch)
     assert not any(calls.values())
 
 
