@@ -13,11 +13,10 @@ from jax.custom_derivatives import SymbolicZero
 
 from linscale.kernels.linear_attention import chunked
 from linscale.kernels.linear_attention.pallas_gpu_blocks import Blocks
-from linscale.kernels.linear_attention.pallas_gpu_spans import chain, chunks_of_a_span
+from linscale.kernels.linear_attention.pallas_gpu_spans import chain
 from linscale.kernels.linear_attention.reference import document_starts
 from linscale.kernels.remat import kept
 
-C = 64
 SURVIVES = 4  # the row of docs
 
 
@@ -26,21 +25,21 @@ def on_chip(tokens, spans, q, k, v, phase, initial_state, segment_ids, docs):
     """out and the state after `tokens` tokens, by one block of threads a walk of `Blocks` and span; docs as in
     pallas_gpu_scalar or None.
 
-    The kernels hold the state as cosines X and minus sines Y of the angles to each chunk's end.
+    The kernels hold the state as X = sum k cos(s theta) v and Y = sum k sin(s theta) v, positions s counted from 1. Of a
+    state after t tokens the even half is cos(t theta) X + sin(t theta) Y and the odd one sin(t theta) X - cos(t theta) Y.
     """
     return _on_chip_forward(tokens, spans, q, k, v, phase, initial_state, segment_ids, docs)[0]
 
 
 def _on_chip_forward(tokens, spans, *args):
-    from linscale.kernels.linear_attention.pallas_gpu_phase_kernels import turned_keys
-    from linscale.kernels.linear_attention.pallas_gpu_phase_states import turned_states
+    from linscale.kernels.linear_attention.pallas_gpu_phase_kernels import phased_keys
+    from linscale.kernels.linear_attention.pallas_gpu_phase_states import phased_states
 
     learned = () if getattr(args[3], "perturbed", False) else None
     args = jax.tree.map(lambda x: getattr(x, "value", x), args, is_leaf=lambda x: hasattr(x, "perturbed"))
     q, k, v, phase, initial_state, _, docs = args
     blocks = Blocks.of(q.shape[-1], v.shape[-1])
-    theta, theta_of_walks = _by_blocks(phase, blocks)
-    factors, start = _tables(theta), None
+    angles, start = turns(phase.reshape(-1, blocks.width)), None
     q, k, v = blocks.split(q, k, v)
     if initial_state is not None:
         even, odd = _halves(initial_state, blocks)
@@ -49,47 +48,43 @@ def _on_chip_forward(tokens, spans, *args):
     if spans == 1:
         start = None if start is None else start[:, None]
     else:
-        start = _chain_turned(start, turned_states(k, v, *factors, docs, **asked), tokens, theta_of_walks, docs)
-    out, state = turned_keys(q, k, v, *factors, start, docs, **asked)
+        start = _before_spans(start, phased_states(k, v, angles, docs, **asked), docs)
+    out, state = phased_keys(q, k, v, angles, start, docs, **asked)
     x, y = state[:, -1, :, 0], state[:, -1, :, 1]
-    cos, sin = _angle(theta_of_walks, _past_the_end(tokens, spans))
-    state = _whole(cos * x - sin * y, -cos * y - sin * x, blocks)
+    cos, sin = _after(phase, tokens, blocks)
+    state = _whole(cos * x + sin * y, sin * x - cos * y, blocks)
     return (blocks.join_values(out), state), (*args, kept(start), learned)
 
 
 def _on_chip_backward(tokens, spans, residuals, cotangents):
-    from linscale.kernels.linear_attention.pallas_gpu_phase_kernels import turned_keys, turned_values
-    from linscale.kernels.linear_attention.pallas_gpu_phase_states import turned_states
+    from linscale.kernels.linear_attention.pallas_gpu_phase_kernels import phased_keys, phased_values
+    from linscale.kernels.linear_attention.pallas_gpu_phase_states import phased_states
 
     q, k, v, phase, initial_state, segment_ids, docs, start, learned = residuals
     d_out, d_state = cotangents
     d_out = jnp.zeros(v.shape, v.dtype) if isinstance(d_out, SymbolicZero) else d_out.astype(v.dtype)
     blocks, end = Blocks.of(q.shape[-1], v.shape[-1]), None
-    theta, theta_of_walks = _by_blocks(phase, blocks)
+    angles = turns(phase.reshape(-1, blocks.width))
     if not isinstance(d_state, SymbolicZero):
         even, odd = _halves(d_state, blocks)
-        cos, sin = _angle(theta_of_walks, _past_the_end(tokens, spans) + 1)
-        end = jnp.stack([cos * even - sin * odd, sin * even + cos * odd], axis=2)
-    table, turn = _tables(theta)
-    backwards = table[:, :, ::-1], turn
+        cos, sin = _after(phase, tokens, blocks)
+        end = jnp.stack([cos * even + sin * odd, sin * even - cos * odd], axis=2)
     sines = learned is not None and initial_state is None and end is None
     qs, ks, vs, ds = blocks.split(q, k, v, d_out)
     asked = {"blocks": blocks, "spans": spans}
     if spans == 1:
         end = None if end is None else end[:, None]
     else:
-        added = turned_states(qs, ds, *backwards, docs, reverse=True, **asked)
-        end = _chain_turned(end, added, tokens, theta_of_walks, docs, reverse=True)
-    dv, before = turned_keys(ks, qs, ds, *backwards, end, docs, reverse=True, **asked)
+        end = _before_spans(end, phased_states(qs, ds, angles, docs, reverse=True, **asked), docs, reverse=True)
+    dv, before = phased_keys(ks, qs, ds, angles, end, docs, reverse=True, **asked)
     swapped = blocks.swapped
     asked = {"blocks": swapped, "spans": spans, "sines": sines}
-    dq, _, *q_sines = turned_values(ds, vs, ks, table, turn, blocks.turned(start), docs, **asked)
-    dk, _, *k_sines = turned_values(vs, ds, qs, *backwards, blocks.turned(end), docs, reverse=True, **asked)
+    dq, _, *q_sines = phased_values(ds, vs, ks, angles, blocks.turned(start), docs, **asked)
+    dk, _, *k_sines = phased_values(vs, ds, qs, angles, blocks.turned(end), docs, reverse=True, **asked)
     dq, dk, *sines_of_both = (swapped.join_values(x) for x in (dq, dk, *q_sines, *k_sines))
     d_initial = None
     if initial_state is not None:
-        (cos, sin), x, y = _angle(theta_of_walks, 1), before[:, 0, :, 0], before[:, 0, :, 1]
-        d_initial = _whole(cos * x + sin * y, cos * y - sin * x, blocks)
+        d_initial = _whole(before[:, 0, :, 0], -before[:, 0, :, 1], blocks)
     d_phase = None
     if sines:
         d_phase = _phase_gradient(q, k, *sines_of_both, segment_ids)
@@ -122,23 +117,15 @@ def _phase_gradient(q, k, q_sines, k_sines, segment_ids):
 on_chip.defvjp(_on_chip_forward, _on_chip_backward, symbolic_zeros=True)
 
 
-def _past_the_end(tokens, spans):
-    """How far the last chunk's end is past the last token."""
-    return chunks_of_a_span(tokens, spans) * spans * C - tokens
-
-
-def _chain_turned(state, added, tokens, phase, docs, reverse=False):
-    """The state before each span [B,N,walks,2,K,V] (with `reverse` after it); a state X + iY is turned by e^-i angle."""
-    spans = added.shape[1]
-    cos, sin = _angle(phase, chunks_of_a_span(tokens, spans) * C)
-    left = (cos - 1j * sin)[None, None, :, :, 0]  # [1,1,walks,K]
+def _before_spans(state, added, docs, reverse=False):
+    """The state before each span [B,N,walks,2,K,V], with `reverse` after it, from what they add."""
+    flat = lambda x: None if x is None else x.reshape(*x.shape[:-3], -1, x.shape[-1])  # noqa: E731
+    B, spans, walks = added.shape[:3]
+    survives = jnp.ones((1, spans, walks))
     if docs is not None:
-        survives = docs[:, :, SURVIVES, 0].reshape(docs.shape[0], spans, -1).min(-1)
-        left = left * survives[..., None, None]
-    left = jnp.broadcast_to(left, (left.shape[0], spans, *left.shape[2:]))
-    whole = lambda x: None if x is None else jax.lax.complex(x[..., 0, :, :], x[..., 1, :, :])  # noqa: E731
-    states = chain(whole(state), whole(added), left, reverse=reverse)
-    return jnp.stack([states.real, states.imag], axis=-3)
+        survives = docs[:, :, SURVIVES, 0].reshape(B, spans, -1).min(-1)
+        survives = jnp.broadcast_to(survives[..., None], (B, spans, walks))
+    return chain(flat(state), flat(added), survives, reverse=reverse).reshape(added.shape)
 
 
 def _halves(state, blocks):
@@ -150,33 +137,19 @@ def _whole(even, odd, blocks):
     return jnp.concatenate([blocks.join_state(half) for half in (even, odd)], axis=2)
 
 
-def _by_blocks(phase, blocks):
-    """theta of each block of key channels [H keys,K], and of each walk [walks,K]."""
-    theta = phase.reshape(-1, blocks.width)
-    return theta, jnp.repeat(theta, blocks.values, axis=0)
+def _after(phase, tokens, blocks):
+    """cos and sin of tokens x theta for each walk's states, [walks,K,1]."""
+    theta = jnp.repeat(phase.reshape(-1, blocks.width), blocks.values, axis=0)
+    angle = (jnp.int32(tokens) * turns(theta)).astype(jnp.float32) * (2 * math.pi / 2**32)
+    return jnp.cos(angle)[..., None], jnp.sin(angle)[..., None]
 
 
-def _tables(phase):
-    """Factors of a chunk's tokens, [2,H,C,K] bfloat16, cosines and sines of 1 to C times theta; the last in float32."""
-    cos, sin = (x[0] for x in _features(phase, C))
-    table = jnp.stack([jnp.swapaxes(x, 0, 1) for x in (cos, sin)])
-    return table.astype(jnp.bfloat16), jnp.stack([cos[-1], sin[-1]], axis=1)
+def turns(theta):
+    """theta as a fraction of a turn in 32 bits, int32, whose overflow is the wanted remainder of whole turns.
 
-
-def _angle(phase, steps):
-    """cos and sin of steps x theta, [H,K,1]."""
-    if steps == 0:
-        return jnp.ones(()), jnp.zeros(())
-    return (x[0, 0, :, :, None] for x in _features(phase, 1, first=steps))
-
-
-def _features(phase_HK, tokens, first=1):
-    """cos and sin of t theta for `tokens` tokens t from `first` on, [1,T,H,K] float32.
-
-    The angle is kept as a fraction of a turn in 32 bits, whose overflow is the wanted remainder: t theta in float32
-    would be off by 0.01 at t = 100,000.
+    t theta in float32 would be off by 0.01 at t = 100,000.
     """
-    theta = phase_HK.astype(jnp.float32)
+    theta = theta.astype(jnp.float32)
     high = lambda x: (jax.lax.bitcast_convert_type(x, jnp.uint32) & jnp.uint32(0xFFFFF000)).view(jnp.float32)  # noqa: E731
     turn = 1 / (2 * math.pi)
     a = np.float32(turn)
@@ -188,9 +161,7 @@ def _features(phase_HK, tokens, first=1):
     unit = (jnp.abs(part) * 2.0**32).astype(jnp.uint32)
     unit = jnp.where(part < 0, jnp.uint32(0) - unit, unit)
     unit = unit + jnp.round((error + theta * rest) * 2.0**32).astype(jnp.int32).view(jnp.uint32)
-    t = jnp.arange(first, first + tokens, dtype=jnp.uint32)
-    angle = (t[:, None, None] * unit).view(jnp.int32).astype(jnp.float32) * (2 * math.pi / 2**32)
-    return jnp.cos(angle)[None], jnp.sin(angle)[None]
+    return unit.view(jnp.int32)
 
 
 def _phase_gradient_by_xla(phase, q, k, v, initial_state, segment_ids, cotangents):

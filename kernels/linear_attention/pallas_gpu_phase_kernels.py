@@ -1,12 +1,14 @@
 """Linear attention with phase on Hopper GPUs, cosines and sines formed on chip: Pallas Mosaic GPU (wgmma, TMA).
 
 cos((t - s) theta) = cos(t theta) cos(s theta) + sin(t theta) sin(s theta), so that an operator with phase is one without
-decay whose state has twice the rows. Positions count from the start of a chunk: the factors are then one small table per
-head, the same for all chunks, and from chunk to chunk the state is turned by a chunk's angle.
+decay whose state has twice the rows: X = sum_s k_s cos(s theta) v_s and Y = sum_s k_s sin(s theta) v_s give out_t =
+sum_c q_tc (cos(t theta) X + sin(t theta) Y). Positions count from the row's first token, 1, so that the state is only
+ever added to, in either direction of time and by spans as well; each chunk has factors of its own
+(`pallas_gpu_phase_factors`).
 
 Two kernels serve values and all gradients, each walking the sequence either way:
-- `turned_keys`: out_t = sum_s (sum_c q_tc k_sc cos((t-s) theta_c)) v_s. Forward; backwards in time with (k, q, do): dv.
-- `turned_values`: out_tc = sum_s (a_t . b_s) w_sc cos((t-s) theta_c). With (do, v, k): dq; backwards with (v, do, q): dk.
+- `phased_keys`: out_t = sum_s (sum_c q_tc k_sc cos((t-s) theta_c)) v_s. Forward; backwards in time with (k, q, do): dv.
+- `phased_values`: out_tc = sum_s (a_t . b_s) w_sc cos((t-s) theta_c). With (do, v, k): dq; backwards with (v, do, q): dk.
   If asked, the same with sines as well, of which the gradient of theta is made.
 
 Letters: B batch, T tokens, H heads, K channels that have a phase, V channels that have none, C tokens of a chunk.
@@ -22,6 +24,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from linscale.kernels.linear_attention import pallas_gpu_rows as rows
 from linscale.kernels.linear_attention import pallas_gpu_scores as on_scores
+from linscale.kernels.linear_attention.pallas_gpu_phase_factors import Factors
 from linscale.kernels.linear_attention.pallas_gpu_scalar import (
     BF,
     F32,
@@ -32,7 +35,6 @@ from linscale.kernels.linear_attention.pallas_gpu_scalar import (
     Zero,
     call,
     load,
-    ring,
     tiles,
 )
 
@@ -53,52 +55,51 @@ def _causal(scores, reverse, doc_s):
     return on_scores.within(scores, load(doc_s.at[EDGE], ROWS.reduce(1)).astype(F32), reverse).astype(BF)
 
 
-def _sweep(q, k, v, table, turn, initial, docs, blocks, spans, reverse, stages, make, sines=False):
-    """What both kernels share: arguments, the ring of q, k, v, the state in two parts X, Y and its turning.
+def _sweep(q, k, v, turns, initial, docs, blocks, spans, reverse, stages, make, sines=False):
+    """What both kernels share: arguments, the ring of q, k, v, that of factors, and the state in two parts X, Y.
 
-    make(refs, barriers, warpgroup, (X, Y), reverse, release, cut) -> out, X, Y of one chunk, X and Y not turned yet; it
-    calls `release` once it has work running, to give back the place of the output before, and `cut` after the scores, for
-    what the chunk reads of the state, what it adds, and what is left of it. With `sines` it returns (out, the same with
-    sines) for out.
+    make(refs, barriers, warpgroup, (X, Y), reverse, factors, release, cut) -> out, X, Y of one chunk; factors as from
+    `Factors.of`. It calls `release` once it has work running, to give back the place of the output before, and `cut`
+    after the scores, for what the chunk reads of the state, what it adds, and what is left of it. With `sines` it returns
+    (out, the same with sines) for out.
     """
     B, T = q.shape[:2]
     walks, V = q.shape[2] * blocks.values, v.shape[-1]
-    keys_turn = make is _keys_chunk
+    keys_phase = make is _keys_chunk
     half = V // 2
     height = k.shape[-1]  # of each part of the state
     walk = Walk(T, spans)
     chunks = walk.chunks
     stages = min(stages, chunks)
+    tables = Factors(2, 2 if keys_phase else 3)  # values are read for the last time late
     documents, start_state = docs is not None, initial is not None
 
     def body(*refs):
         refs = list(refs)
-        q_g, k_g, v_g, table_g, turn_g = (refs.pop(0) for _ in range(5))
+        q_g, k_g, v_g, turns_g = (refs.pop(0) for _ in range(4))
         initial_g = refs.pop(0) if start_state else None
         docs_g = refs.pop(0) if documents else None
         o_g, final_g = refs.pop(0), refs.pop(0)
         sine_g = refs.pop(0) if sines else None
-        q_s, k_s, v_s, x_s, y_s, cos_s, sin_s, *more_s, turn_s, full, empty, tables, ready, free, both, docs_s = (
-            *refs,
-            *([None, None] if not documents else []),
-        )
+        both, docs_s = (refs.pop(), refs.pop()) if documents else (None, None)
+        q_s, k_s, v_s, x_s, y_s, *refs, full, empty, ready, free = refs
+        tables_s, more_s = refs[:4], refs[4:]
         b, span, h, wg = (lax.axis_index(a) for a in ("b", "n", "h", "wg"))
         _, key, value = blocks.places(h)
-        turning = key if keys_turn else value
+        turns_g = turns_g.at[key if keys_phase else value]
         mine = pl.ds(wg * half, half)
 
         @pl.when(wg < 2)
         def _compute():
-            plgpu.set_max_registers(240, action="increase")
+            plgpu.set_max_registers(232, action="increase")
             if start_state:
                 X, Y = (rows.load_state(initial_g.at[b, span, h, part, :, mine], (height, half)) for part in range(2))
             else:
                 X, Y = (plgpu.layout_cast(jnp.zeros((height, half), F32), ROWS) for _ in range(2))
             x_s.at[wg][...] = X.astype(BF)
             y_s.at[wg][...] = Y.astype(BF)
-            plgpu.barrier_wait(tables)
             plgpu.commit_smem()
-            if keys_turn:
+            if keys_phase:
                 plgpu.barrier_arrive(free)
 
             def chunk(t, state):
@@ -124,17 +125,13 @@ def _sweep(q, k, v, table, turn, initial, docs, blocks, spans, reverse, stages, 
 
                 ring_s = q_s.at[slot], k_s.at[slot], v_s.at[slot]
                 own_s = (s.at[zero] for s in more_s)
-                refs = (*ring_s, x_s, y_s, cos_s, sin_s, doc_s, *own_s)
-                out, X, Y = make(refs, (ready, free), wg + zero, state, reverse, release, cut)
+                refs = (*ring_s, x_s, y_s, doc_s, *own_s)
+                out, X, Y = make(refs, (ready, free), wg + zero, state, reverse, tables.of(tables_s, t, wg), release, cut)
                 if sines:  # its place is read no more in this chunk
                     out, sine = out
                     sine_s = more_s[0].at[zero, wg]
                     sine_s[...] = sine.astype(BF)
                 v_s.at[slot, wg][...] = out.astype(BF)
-                along = 0 if keys_turn else 1
-                at = pl.ds(0, height) if keys_turn else mine
-                cos, sin = (across(turn_s.at[part, at], (height, half), along) for part in range(2))
-                X, Y = X * cos + Y * sin, Y * cos - X * sin
                 x_s.at[wg][...] = X.astype(BF)
                 y_s.at[wg][...] = Y.astype(BF)
                 plgpu.commit_smem()
@@ -143,17 +140,15 @@ def _sweep(q, k, v, table, turn, initial, docs, blocks, spans, reverse, stages, 
                     plgpu.copy_smem_to_gmem(sine_s, sine_g.at[b, pl.ds(start, C), h, mine])
                 return X, Y, Zero.next(zero, t)
 
-            X, Y, _ = lax.fori_loop(0, chunks, chunk, (X, Y, Zero.start(turn_g[turning, 0, 0])))
+            X, Y, _ = lax.fori_loop(0, chunks, chunk, (X, Y, Zero.start(turns_g[0].astype(F32) * 2.0**-31)))
             final_g.at[b, span, h, 0, :, mine][...] = X
             final_g.at[b, span, h, 1, :, mine][...] = Y
-            if keys_turn:
+            if keys_phase:
                 plgpu.barrier_wait(free)
             plgpu.wait_smem_to_gmem(0)
 
         @pl.when(wg == 2)
         def _producer():
-            fetch_tables(table_g, turn_g, turning, cos_s, sin_s, turn_s, tables)
-
             def fetch(t, slot):
                 start = walk.start(span, t, reverse)
                 at = pl.ds(start, C)
@@ -165,28 +160,28 @@ def _sweep(q, k, v, table, turn, initial, docs, blocks, spans, reverse, stages, 
                 if documents:
                     plgpu.copy_gmem_to_smem(docs_g.at[b, start // C], docs_s.at[slot], full.at[slot])
 
-            ring(fetch, chunks, stages, empty)
+            def form(t):
+                tables.form(tables_s, turns_g, t, walk.start(span, t, reverse) + 1)
 
-    K = table.shape[-1]
+            tables.feed(fetch, form, chunks, stages, empty)
+
     matrix = lambda *shape: plgpu.SMEM(shape, BF, transforms=tiles(half))  # noqa: E731
     scratch = [
         *(matrix(stages, C, height), matrix(stages, C, height), matrix(stages, 2, C, half)),
-        *(matrix(2, height, half), matrix(2, height, half), matrix(C, K), matrix(C, K)),
-        *([matrix(1, C, K), matrix(1, C, K)] if keys_turn else [matrix(1, 2, C, half)]),
-        plgpu.SMEM((2, K), F32),
+        *(matrix(2, height, half), matrix(2, height, half), *tables.scratch(half)),
+        *([matrix(1, C, height), matrix(1, C, height)] if keys_phase else [matrix(1, 2, C, half)]),
         plgpu.Barrier(num_arrivals=4 + documents, num_barriers=stages),
         plgpu.Barrier(num_arrivals=2, num_barriers=stages),
-        plgpu.Barrier(num_arrivals=3),
         plgpu.Barrier(num_arrivals=2),
         plgpu.Barrier(num_arrivals=2),
     ]
     if documents:
-        scratch += [plgpu.Barrier(num_arrivals=2), plgpu.SMEM((stages, 4, C), BF)]
+        scratch += [plgpu.SMEM((stages, 4, C), BF), plgpu.Barrier(num_arrivals=2)]
     out = jax.ShapeDtypeStruct((B, T, walks, V), BF)
     out_type = [out, jax.ShapeDtypeStruct((B, spans, walks, 2, height, V), F32), *([out] if sines else [])]
     docs = rows_read(docs, reverse)
-    inputs = [x for x in (q, k, v, table, turn, initial, docs) if x is not None]
-    name = "linear_attention_turned_" + ("keys" if keys_turn else "values")
+    inputs = [x for x in (q, k, v, turns, initial, docs) if x is not None]
+    name = "linear_attention_phased_" + ("keys" if keys_phase else "values")
     return call(body, name, out_type, scratch, (B, spans, walks))(*inputs)
 
 
@@ -217,39 +212,35 @@ def rows_read(docs, reverse):
     return (docs[:, :, LAST:] if reverse else jnp.delete(docs, LAST, axis=2)).astype(BF)
 
 
-def fetch_tables(table_g, turn_g, place, cos_s, sin_s, turn_s, arrived):
-    """The factors of a block of channels, once; three copies arrive."""
-    for part, target in enumerate((cos_s, sin_s)):
-        plgpu.copy_gmem_to_smem(table_g.at[part, place], target, arrived)
-    plgpu.copy_gmem_to_smem(turn_g.at[place], turn_s, arrived)
-
-
-def turned_keys(q, k, v, table, turn, initial, docs, *, blocks, spans=1, reverse=False, stages=2):
+def phased_keys(q, k, v, turns, initial, docs, *, blocks, spans=1, reverse=False, stages=2):
     """out [B,T,walks,V] and the state after each span [B,N,walks,2,K,V] (before each with `reverse`).
 
-    q, k, v bfloat16, [B,T,H blocks,.], and walks as in `Blocks`; table [2,H blocks,C,K] bfloat16, turn [H blocks,2,K]
-    float32: see pallas_gpu_phase._tables; initial [B,N,walks,2,K,V] float32 or None; docs [B,chunks,5,C] float32 or None.
+    q, k, v bfloat16, [B,T,H blocks,.], and walks as in `Blocks`; turns [H blocks,K] int32: see pallas_gpu_phase.turns;
+    initial [B,N,walks,2,K,V] float32 or None; docs [B,chunks,5,C] float32 or None.
     """
-    return _sweep(q, k, v, table, turn, initial, docs, blocks, spans, reverse, stages, _keys_chunk)
+    return _sweep(q, k, v, turns, initial, docs, blocks, spans, reverse, stages, _keys_chunk)
 
 
-def turned_values(a, b, w, table, turn, initial, docs, *, blocks, spans=1, reverse=False, sines=False, stages=2):
-    """out [B,T,walks,K] and the state [B,N,walks,2,V,K]; a and b have V channels, w has K. Otherwise as `turned_keys`.
+def phased_values(a, b, w, turns, initial, docs, *, blocks, spans=1, reverse=False, sines=False, stages=2):
+    """out [B,T,walks,K] and the state [B,N,walks,2,V,K]; a and b have V channels, w has K. Otherwise as `phased_keys`.
 
     sines: a third result like out, with sin(|t-s| theta_c) for the cosine.
     """
     make = functools.partial(_values_chunk, sines=sines)
-    return _sweep(a, b, w, table, turn, initial, docs, blocks, spans, reverse, stages, make, sines)
+    return _sweep(a, b, w, turns, initial, docs, blocks, spans, reverse, stages, make, sines)
 
 
-def _keys_chunk(refs, barriers, wg, state, reverse, release, cut):
-    """The two warpgroups form the factors of half of the channels each, and own half of the values' channels."""
-    q_s, k_s, v_s, x_s, y_s, cos_s, sin_s, doc_s, q_sin_s, k_sin_s = refs
+def _keys_chunk(refs, barriers, wg, state, reverse, factors, release, cut):
+    """The two warpgroups multiply half of the channels each with their factors, and own half of the values' channels."""
+    q_s, k_s, v_s, x_s, y_s, doc_s, q_sin_s, k_sin_s = refs
     ready, free = barriers
     half, K = v_s.shape[-1], q_s.shape[-1]
     channels = pl.ds(wg * (K // 2), K // 2)
+    *tables, wait, done = factors
+    wait()
+    cos, sin = (load(s) for s in tables)
+    done()
     plgpu.barrier_wait(free)  # the other has read what is now written over
-    cos, sin = (load(s.at[:, channels]) for s in (cos_s, sin_s))
     for x_in, x_sin in ((q_s, q_sin_s), (k_s, k_sin_s)):
         x = load(x_in.at[:, channels])
         x_sin.at[:, channels][...] = x * sin
@@ -282,20 +273,20 @@ def _keys_chunk(refs, barriers, wg, state, reverse, release, cut):
     return o, X, Y
 
 
-def _values_chunk(refs, barriers, wg, state, reverse, release, cut, sines=False):
+def _values_chunk(refs, barriers, wg, state, reverse, factors, release, cut, sines=False):
     """Each warpgroup owns half of the channels that have a phase; the two wait for each other in `cut` alone."""
-    a_s, b_s, w_s, x_s, y_s, cos_s, sin_s, doc_s, sin_w_s = refs
-    half = w_s.shape[-1]
-    channels = pl.ds(wg * half, half)
+    a_s, b_s, w_s, x_s, y_s, doc_s, sin_w_s = refs
+    cos_s, sin_s, wait, done = factors
     w_cos, w_sin = w_s.at[wg], sin_w_s.at[wg]
 
     def scores(acc):
         plgpu.wgmma(acc, a_s, b_s.transpose((1, 0)))
+        wait()
         w = load(w_cos)
         if sines:  # the place of w_sin is an output's too
             release()
-        w_sin[...] = w * load(sin_s.at[:, channels])
-        w_cos[...] = w * load(cos_s.at[:, channels])
+        w_sin[...] = w * load(sin_s)
+        w_cos[...] = w * load(cos_s)
         if not sines:
             release()
         return _causal(acc[...], reverse, doc_s)
@@ -304,13 +295,17 @@ def _values_chunk(refs, barriers, wg, state, reverse, release, cut, sines=False)
     plgpu.commit_smem()
     reads, writes = (REACHES, READS) if reverse else (READS, REACHES)
     X, Y = cut(state, (a_s, reads), (b_s, writes))
-    # One part after the other, the first rounded: registers hold no more.
+    # One part after the other, the first rounded and put where its w was: registers hold no more.
     of_cos, X = _values_part(a_s, b_s, w_cos, x_s.at[wg], p, X)
-    of_cos = of_cos.astype(BF)
+    w_cos[...] = of_cos.astype(BF)
     of_sin, Y = _values_part(a_s, b_s, w_sin, y_s.at[wg], p, Y)
-    of_cos, cos, sin = (x.astype(F32) for x in (of_cos, load(cos_s.at[:, channels]), load(sin_s.at[:, channels])))
+    of_cos, cos, sin = (load(s).astype(F32) for s in (w_cos, cos_s, sin_s))
+    done()
     out = of_cos * cos + of_sin * sin
-    return ((out, of_cos * sin - of_sin * cos) if sines else out), X, Y
+    if sines:  # of the angle from the earlier token to the later
+        sine = of_sin * cos - of_cos * sin if reverse else of_cos * sin - of_sin * cos
+        return (out, sine), X, Y
+    return out, X, Y
 
 
 def _values_part(a_s, b_s, w_s, before_s, p, X):

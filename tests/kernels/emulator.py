@@ -22,6 +22,7 @@ from linscale.kernels.cross_entropy import pallas_gpu as cross_entropy
 from linscale.kernels.linear_attention import (
     pallas_gpu_gates,
     pallas_gpu_mild,
+    pallas_gpu_phase_factors,
     pallas_gpu_phase_kernels,
     pallas_gpu_phase_states,
     pallas_gpu_rows,
@@ -40,6 +41,7 @@ MODULES = (
     hopper_rows,
     pallas_gpu_gates,
     pallas_gpu_mild,
+    pallas_gpu_phase_factors,
     pallas_gpu_phase_kernels,
     pallas_gpu_phase_states,
     pallas_gpu_scalar,
@@ -68,7 +70,7 @@ class Ref:
         return Ref(self.view.transpose(axes))
 
     def __getitem__(self, index):
-        return jnp.asarray(self.view[index])
+        return jnp.asarray(np.array(self.view[index]))  # a copy: what is in memory changes
 
     def __setitem__(self, index, value):
         self.view[index] = np.asarray(value).astype(self.view.dtype)
@@ -269,7 +271,14 @@ def _within(x, edge, reverse=False):
     return jnp.triu(jnp.where(column <= edge, x, 0)) if reverse else jnp.tril(jnp.where(column >= edge, x, 0))
 
 
-_ROWS = {
+def _put_factors(turns, first, cos, sin):
+    """In 32 bits, as the kernel's angles."""
+    numbers = (int(first) + np.arange(64, dtype=np.int64))[:, None] * turns.view.astype(np.int64)
+    angle = numbers.astype(np.int32).astype(np.float64) * (2 * np.pi / 2**32)
+    cos[...], sin[...] = np.cos(angle), np.sin(angle)
+
+
+_INLINE = {
     "partner_rows": lambda x, distance: x[np.arange(64) ^ distance],
     "pick": lambda size, upper, lower: jnp.where((np.arange(64) // size % 2 == 1)[:, None], upper, lower),
     "tile_products": lambda total, a, b: total + (_tiles(a) @ _tiles(b).swapaxes(1, 2)).reshape(64, 16),
@@ -285,7 +294,8 @@ _ROWS = {
     "within": _within,
     "put_tile_rows": lambda x, ref: ref.__setitem__(..., x[::16]),
     "get_tile_rows": _tile_rows,
-    "load_state": lambda ref, shape: jnp.asarray(ref.view),
+    "put_factors": _put_factors,
+    "load_state": lambda ref, shape: ref[...],
 }
 
 
@@ -305,7 +315,7 @@ def emulated():
         wait_smem_to_gmem=nothing,
         layout_cast=lambda x, _: x,
         wgmma_accumulator_load=lambda acc, wait_n=0: acc.value,
-        load=lambda ref, *_, **__: jnp.asarray(ref.view),
+        load=lambda ref, *_, **__: ref[...],
         store=lambda ref, x, **__: ref.__setitem__(..., x),
         broadcasted_iota=lambda dtype, shape, dimension, layout: lax.broadcasted_iota(dtype, shape, dimension),
     )
@@ -317,7 +327,8 @@ def emulated():
             for name, fake in (("plgpu", fake_plgpu), ("pl", fake_pl), ("lax", fake_lax)):
                 if hasattr(module, name):
                     stack.enter_context(mock.patch.object(module, name, fake))
-        for name, f in _ROWS.items():
-            module = pallas_gpu_rows if hasattr(pallas_gpu_rows, name) else pallas_gpu_scores
+        for name, f in _INLINE.items():
+            homes = pallas_gpu_rows, pallas_gpu_scores, pallas_gpu_phase_factors
+            module = next(m for m in homes if hasattr(m, name))
             stack.enter_context(mock.patch.object(module, name, f))
         yield
