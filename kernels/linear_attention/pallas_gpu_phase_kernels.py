@@ -126,13 +126,12 @@ def _sweep(q, k, v, turns, initial, docs, blocks, spans, reverse, stages, make, 
                 ring_s = q_s.at[slot], k_s.at[slot], v_s.at[slot]
                 own_s = (s.at[zero] for s in more_s)
                 refs = (*ring_s, x_s, y_s, doc_s, *own_s)
-                out, X, Y = make(refs, (ready, free), wg + zero, state, reverse, tables.of(tables_s, t, wg), release, cut)
+                out, X, Y = make(refs, (ready, free), wg + zero, state, reverse, tables.of(tables_s, t, wg + zero), release, cut)
                 if sines:  # its place is read no more in this chunk
                     out, sine = out
                     sine_s = more_s[0].at[zero, wg]
                     sine_s[...] = sine.astype(BF)
                 v_s.at[slot, wg][...] = out.astype(BF)
-                x_s.at[wg][...] = X.astype(BF)
                 y_s.at[wg][...] = Y.astype(BF)
                 plgpu.commit_smem()
                 plgpu.copy_smem_to_gmem(v_s.at[slot, wg], o_g.at[b, pl.ds(start, C), h, mine])
@@ -249,25 +248,27 @@ def _keys_chunk(refs, barriers, wg, state, reverse, factors, release, cut):
     plgpu.barrier_arrive(ready)
     plgpu.barrier_wait(ready)
 
-    def scores(acc):
+    def scores(acc, oacc):
         plgpu.wgmma(acc, q_s, k_s.transpose((1, 0)))
         plgpu.wgmma(acc, q_sin_s, k_sin_s.transpose((1, 0)))
+        plgpu.wgmma(oacc, q_s, x_s.at[wg])
+        plgpu.wgmma(oacc, q_sin_s, y_s.at[wg])
         release()
-        return _causal(acc[...], reverse, doc_s)
+        return _causal(plgpu.wgmma_accumulator_load(acc, wait_n=2), reverse, doc_s), oacc[...]
 
-    p = pl.run_scoped(scores, plgpu.ACC((C, C), F32))
+    p, o = pl.run_scoped(scores, plgpu.ACC((C, C), F32), plgpu.ACC((C, half), F32))
     reads, writes = (REACHES, READS) if reverse else (READS, REACHES)
-    X, Y = cut(state, (q_s, reads), (q_sin_s, reads), (k_s, writes), (k_sin_s, writes))
+    if doc_s is not None:
+        o = o * across(doc_s.at[reads], (C, half), 0)
+    X, Y = cut(state, (k_s, writes), (k_sin_s, writes))
 
     def update(refs):
         oacc, xacc, yacc = refs
-        plgpu.wgmma(oacc, q_s, x_s.at[wg])
-        plgpu.wgmma(oacc, q_sin_s, y_s.at[wg])
-        plgpu.wgmma(oacc, p, v_s.at[wg])
         plgpu.wgmma(xacc, k_s.transpose((1, 0)), v_s.at[wg])
+        plgpu.wgmma(oacc, p, v_s.at[wg])
         plgpu.wgmma(yacc, k_sin_s.transpose((1, 0)), v_s.at[wg])
+        x_s.at[wg][...] = plgpu.wgmma_accumulator_load(xacc, wait_n=2).astype(BF)
 
-    o = plgpu.layout_cast(jnp.zeros((C, half), F32), ROWS)
     o, X, Y = pl.run_state(update)((plgpu.ACC.init(o), plgpu.ACC.init(X), plgpu.ACC.init(Y)))
     plgpu.barrier_arrive(free)
     return o, X, Y
@@ -295,10 +296,24 @@ def _values_chunk(refs, barriers, wg, state, reverse, factors, release, cut, sin
     plgpu.commit_smem()
     reads, writes = (REACHES, READS) if reverse else (READS, REACHES)
     X, Y = cut(state, (a_s, reads), (b_s, writes))
+
+    def part(state, before_s, w, meanwhile=lambda: None):
+        """What the chunk reads of cosines or of sines [C,half], and that part of the state after it."""
+
+        def update(refs):
+            plgpu.wgmma(refs[0], a_s, before_s)
+            plgpu.wgmma(refs[0], p, w)
+            plgpu.wgmma(refs[1], b_s.transpose((1, 0)), w)
+            meanwhile()
+
+        zero = plgpu.layout_cast(jnp.zeros(w.shape, F32), ROWS)
+        return pl.run_state(update)((plgpu.ACC.init(zero), plgpu.ACC.init(state)))
+
     # One part after the other, the first rounded and put where its w was: registers hold no more.
-    of_cos, X = _values_part(a_s, b_s, w_cos, x_s.at[wg], p, X)
+    of_cos, X = part(X, x_s.at[wg], w_cos)
     w_cos[...] = of_cos.astype(BF)
-    of_sin, Y = _values_part(a_s, b_s, w_sin, y_s.at[wg], p, Y)
+    plgpu.commit_smem()
+    of_sin, Y = part(Y, y_s.at[wg], w_sin, lambda: x_s.at[wg].__setitem__(..., X.astype(BF)))
     of_cos, cos, sin = (load(s).astype(F32) for s in (w_cos, cos_s, sin_s))
     done()
     out = of_cos * cos + of_sin * sin
@@ -307,14 +322,3 @@ def _values_chunk(refs, barriers, wg, state, reverse, factors, release, cut, sin
         return (out, sine), X, Y
     return out, X, Y
 
-
-def _values_part(a_s, b_s, w_s, before_s, p, X):
-    """What a chunk reads of cosines or of sines [C,half], not turned back yet, and that part of the state after it."""
-
-    def update(refs):
-        plgpu.wgmma(refs[0], a_s, before_s)
-        plgpu.wgmma(refs[0], p, w_s)
-        plgpu.wgmma(refs[1], b_s.transpose((1, 0)), w_s)
-
-    zero = plgpu.layout_cast(jnp.zeros(w_s.shape, F32), ROWS)
-    return pl.run_state(update)((plgpu.ACC.init(zero), plgpu.ACC.init(X)))
