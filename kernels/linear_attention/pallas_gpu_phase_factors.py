@@ -84,14 +84,14 @@ def put_factors(turns, first, cos, sin):
 
     Each thread has two channels and a run of 16 or 8 rows: it begins with angles as fractions of a turn in 32 bits, whose
     overflow is the wanted remainder, and goes on by cos((t+1) theta) = 2 cos(theta) cos(t theta) - cos((t-1) theta), sines
-    alike, in float32, which in so few steps loses about 1e-5.
+    alike, in float32. In so few steps that loses at most 1e-4; bfloat16 rounds by up to 2e-3.
     """
     n = cos.shape[-1]
     matrix = plgpu.RefType(tiles(n))
 
     @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), ROWS, matrix, matrix), return_type=None)
     def write(_, turns, first, cos, sin):
-        i8, i32, f32 = (ir.IntegerType.get_signless(8), ir.IntegerType.get_signless(32), ir.F32Type.get())
+        i8, i32, f32 = ir.IntegerType.get_signless(8), ir.IntegerType.get_signless(32), ir.F32Type.get()
         number = lambda x: utils.c(x, i32)  # noqa: E731
         pairs, run, line = n // 2, n // 4, 2 * n  # of a row; rows of a thread; bytes of a row
         thread = arith.remui(utils.thread_idx(), number(128))
@@ -120,7 +120,8 @@ def put_factors(turns, first, cos, sin):
                     ir.VectorType.get((2,), ir.BF16Type.get()),
                     vector.from_elements(ir.VectorType.get((2,), f32), list(values)),
                 )
-                llvm.store(utils.bitcast(values, i32), utils.getelementptr(utils.memref_ptr(target), [at], i8), alignment=4)
+                pointer = utils.getelementptr(utils.memref_ptr(target), [at], i8)
+                llvm.store(utils.bitcast(values, i32), pointer, alignment=4)
             after = [
                 [math_dialect.fma(factor, now, arith.negf(old)) for now, old in zip(*both)]
                 for factor, *both in zip(twice, here, before)
@@ -128,4 +129,3 @@ def put_factors(turns, first, cos, sin):
             before, here = here, after
 
     write(turns, first, cos, sin)
-

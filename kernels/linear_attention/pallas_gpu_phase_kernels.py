@@ -60,18 +60,18 @@ def _sweep(q, k, v, turns, initial, docs, blocks, spans, reverse, stages, make, 
 
     make(refs, barriers, warpgroup, (X, Y), reverse, factors, release, cut) -> out, X, Y of one chunk; factors as from
     `Factors.of`. It calls `release` once it has work running, to give back the place of the output before, and `cut`
-    after the scores, for what the chunk reads of the state, what it adds, and what is left of it. With `sines` it returns
-    (out, the same with sines) for out.
+    after the scores, for what the chunk reads of the state, what it adds, and what is left of it; it writes X for the next
+    chunk. With `sines` it returns (out, the same with sines) for out.
     """
     B, T = q.shape[:2]
     walks, V = q.shape[2] * blocks.values, v.shape[-1]
-    keys_phase = make is _keys_chunk
+    of_keys = make is _keys_chunk
     half = V // 2
     height = k.shape[-1]  # of each part of the state
     walk = Walk(T, spans)
     chunks = walk.chunks
     stages = min(stages, chunks)
-    tables = Factors(2, 2 if keys_phase else 3)  # values are read for the last time late
+    tables = Factors(2, 2 if of_keys else 3)  # values are read for the last time late
     documents, start_state = docs is not None, initial is not None
 
     def body(*refs):
@@ -86,7 +86,7 @@ def _sweep(q, k, v, turns, initial, docs, blocks, spans, reverse, stages, make, 
         tables_s, more_s = refs[:4], refs[4:]
         b, span, h, wg = (lax.axis_index(a) for a in ("b", "n", "h", "wg"))
         _, key, value = blocks.places(h)
-        turns_g = turns_g.at[key if keys_phase else value]
+        turns_g = turns_g.at[key if of_keys else value]
         mine = pl.ds(wg * half, half)
 
         @pl.when(wg < 2)
@@ -99,7 +99,7 @@ def _sweep(q, k, v, turns, initial, docs, blocks, spans, reverse, stages, make, 
             x_s.at[wg][...] = X.astype(BF)
             y_s.at[wg][...] = Y.astype(BF)
             plgpu.commit_smem()
-            if keys_phase:
+            if of_keys:
                 plgpu.barrier_arrive(free)
 
             def chunk(t, state):
@@ -121,12 +121,14 @@ def _sweep(q, k, v, turns, initial, docs, blocks, spans, reverse, stages, make, 
                     if not documents:
                         return state
                     _cut(doc_s, survives, wg + zero, both, rows_of)
-                    return [x * survives for x in state]
+                    nothing = plgpu.layout_cast(jnp.zeros((height, half), F32), ROWS)
+                    return lax.cond(survives < 0.5, lambda: [nothing] * 2, lambda: [*state])
 
                 ring_s = q_s.at[slot], k_s.at[slot], v_s.at[slot]
                 own_s = (s.at[zero] for s in more_s)
                 refs = (*ring_s, x_s, y_s, doc_s, *own_s)
-                out, X, Y = make(refs, (ready, free), wg + zero, state, reverse, tables.of(tables_s, t, wg + zero), release, cut)
+                factors = tables.of(tables_s, t, wg + zero)
+                out, X, Y = make(refs, (ready, free), wg + zero, state, reverse, factors, release, cut)
                 if sines:  # its place is read no more in this chunk
                     out, sine = out
                     sine_s = more_s[0].at[zero, wg]
@@ -142,7 +144,7 @@ def _sweep(q, k, v, turns, initial, docs, blocks, spans, reverse, stages, make, 
             X, Y, _ = lax.fori_loop(0, chunks, chunk, (X, Y, Zero.start(turns_g[0].astype(F32) * 2.0**-31)))
             final_g.at[b, span, h, 0, :, mine][...] = X
             final_g.at[b, span, h, 1, :, mine][...] = Y
-            if keys_phase:
+            if of_keys:
                 plgpu.barrier_wait(free)
             plgpu.wait_smem_to_gmem(0)
 
@@ -168,7 +170,7 @@ def _sweep(q, k, v, turns, initial, docs, blocks, spans, reverse, stages, make, 
     scratch = [
         *(matrix(stages, C, height), matrix(stages, C, height), matrix(stages, 2, C, half)),
         *(matrix(2, height, half), matrix(2, height, half), *tables.scratch(half)),
-        *([matrix(1, C, height), matrix(1, C, height)] if keys_phase else [matrix(1, 2, C, half)]),
+        *([matrix(1, C, height), matrix(1, C, height)] if of_keys else [matrix(1, 2, C, half)]),
         plgpu.Barrier(num_arrivals=4 + documents, num_barriers=stages),
         plgpu.Barrier(num_arrivals=2, num_barriers=stages),
         plgpu.Barrier(num_arrivals=2),
@@ -180,7 +182,7 @@ def _sweep(q, k, v, turns, initial, docs, blocks, spans, reverse, stages, make, 
     out_type = [out, jax.ShapeDtypeStruct((B, spans, walks, 2, height, V), F32), *([out] if sines else [])]
     docs = rows_read(docs, reverse)
     inputs = [x for x in (q, k, v, turns, initial, docs) if x is not None]
-    name = "linear_attention_phased_" + ("keys" if keys_phase else "values")
+    name = "linear_attention_phased_" + ("keys" if of_keys else "values")
     return call(body, name, out_type, scratch, (B, spans, walks))(*inputs)
 
 
@@ -297,14 +299,15 @@ def _values_chunk(refs, barriers, wg, state, reverse, factors, release, cut, sin
     reads, writes = (REACHES, READS) if reverse else (READS, REACHES)
     X, Y = cut(state, (a_s, reads), (b_s, writes))
 
-    def part(state, before_s, w, meanwhile=lambda: None):
+    def part(state, before_s, w, finished=None):
         """What the chunk reads of cosines or of sines [C,half], and that part of the state after it."""
 
         def update(refs):
             plgpu.wgmma(refs[0], a_s, before_s)
             plgpu.wgmma(refs[0], p, w)
             plgpu.wgmma(refs[1], b_s.transpose((1, 0)), w)
-            meanwhile()
+            if finished is not None:
+                x_s.at[wg][...] = finished.astype(BF)
 
         zero = plgpu.layout_cast(jnp.zeros(w.shape, F32), ROWS)
         return pl.run_state(update)((plgpu.ACC.init(zero), plgpu.ACC.init(state)))
@@ -313,7 +316,7 @@ def _values_chunk(refs, barriers, wg, state, reverse, factors, release, cut, sin
     of_cos, X = part(X, x_s.at[wg], w_cos)
     w_cos[...] = of_cos.astype(BF)
     plgpu.commit_smem()
-    of_sin, Y = part(Y, y_s.at[wg], w_sin, lambda: x_s.at[wg].__setitem__(..., X.astype(BF)))
+    of_sin, Y = part(Y, y_s.at[wg], w_sin, finished=X)
     of_cos, cos, sin = (load(s).astype(F32) for s in (w_cos, cos_s, sin_s))
     done()
     out = of_cos * cos + of_sin * sin
@@ -321,4 +324,3 @@ def _values_chunk(refs, barriers, wg, state, reverse, factors, release, cut, sin
         sine = of_sin * cos - of_cos * sin if reverse else of_cos * sin - of_sin * cos
         return (out, sine), X, Y
     return out, X, Y
-
