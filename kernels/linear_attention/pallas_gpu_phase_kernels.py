@@ -129,6 +129,7 @@ def _sweep(q, k, v, turns, initial, docs, blocks, spans, reverse, stages, make, 
                 refs = (*ring_s, x_s, y_s, doc_s, *own_s)
                 factors = tables.of(tables_s, t, wg + zero)
                 out, X, Y = make(refs, (ready, free), wg + zero, state, reverse, factors, release, cut)
+                plgpu.commit_smem()  # all warps have read what is now written over
                 if sines:  # its place is read no more in this chunk
                     out, sine = out
                     sine_s = more_s[0].at[zero, wg]
@@ -263,6 +264,7 @@ def _keys_chunk(refs, barriers, wg, state, reverse, factors, release, cut):
     if doc_s is not None:
         o = o * across(doc_s.at[reads], (C, half), 0)
     X, Y = cut(state, (k_s, writes), (k_sin_s, writes))
+    plgpu.commit_smem()  # all warps have read X as it was
 
     def update(refs):
         oacc, xacc, yacc = refs
@@ -314,6 +316,7 @@ def _values_chunk(refs, barriers, wg, state, reverse, factors, release, cut, sin
 
     # One part after the other, the first rounded and put where its w was: registers hold no more.
     of_cos, X = part(X, x_s.at[wg], w_cos)
+    plgpu.commit_smem()  # all warps have read what is now written over
     w_cos[...] = of_cos.astype(BF)
     plgpu.commit_smem()
     of_sin, Y = part(Y, y_s.at[wg], w_sin, finished=X)

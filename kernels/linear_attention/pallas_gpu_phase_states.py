@@ -52,6 +52,7 @@ def phased_states(k, v, turns, docs, *, blocks, spans, reverse=False, stages=4):
                     X, Y = (x * across(survives, x.shape, 0) for x in (X, Y))
                 cos_s, sin_s, wait, done = tables.of(tables_s, t, wg)
                 wait()
+                plgpu.commit_smem()  # all warps have read the sines before
                 k_sin[...] = k * load(sin_s)
                 k_cos[...] = k * load(cos_s)
                 done()

@@ -288,6 +288,7 @@ def states(k, v, rate, docs, *, blocks, decays=True, tokens=None, spans, reverse
                     if documents:
                         weight = weight * along_rows(docs_s[0].at[slot, READS if reverse else REACHES], shape)
                         S = S * along_columns(docs_s[0].at[slot, SURVIVES, pl.ds(0, half)], (K, half))
+                    plgpu.commit_smem()  # all warps have read the values before
                     vs_s.at[wg][...] = (load(v_s.at[slot, wg]).astype(F32) * weight).astype(BF)
                     plgpu.commit_smem()
 
