@@ -13,9 +13,9 @@ from linscale.kernels.hopper import MULTIPROCESSORS
 # Of experiments/kernels/reports/2026-11-26_h100_kernels.md and 2026-11-27_h200_kernels.md, in microseconds.
 MEMORY = {"H100": 0.0056, "H200": 0.0040}  # a chunk of one tensor: 64 tokens of a head of 128 channels in bfloat16
 OPERATIONS = 5.0  # more to launch, if a sequence of 128 channels is cut; of 64 what the gradients gain outweighs them
-COSTS = {  # a chunk on one multiprocessor where memory keeps up: (to give out, to give what a span adds), by channels
-    64: {"scalar": (0.91, 0.73), "vector": (2.65, 1.46), "phase": (1.93, 0.82)},
-    128: {"scalar": (1.85, 0.4), "vector": (4.95, 1.9), "phase": (3.7, 1.6)},
+COSTS = {  # a chunk (of vector decay a mild one) where memory keeps up: (to give out, to give what a span adds), by channels
+    64: {"scalar": (0.91, 0.73), "vector": (2.3, 1.5), "phase": (1.93, 0.82)},
+    128: {"scalar": (1.85, 0.4), "vector": (3.9, 1.9), "phase": (3.65, 1.1)},
 }
 
 

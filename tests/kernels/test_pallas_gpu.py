@@ -271,10 +271,10 @@ class TestOnTheDevice:
     @pytest.mark.parametrize("channels", (64, 128))
     @pytest.mark.parametrize("chunks", ("mmmm", "mcimfbzs", "smbfmcif" * 4 + "m"))  # the third is cut into spans
     def test_mild_chunks(self, chunks, channels, tied, monkeypatch):
-        monkeypatch.setattr(shared, "KEY", channels)
-        monkeypatch.setattr(shared, "VALUE", channels)
+        for name, size in {"BATCH": 1, "KEY": channels, "VALUE": channels}.items():  # the scan keeps all states in float64
+            monkeypatch.setattr(shared, name, size)
         tokens = 64 * len(chunks) - 12
-        assert (pallas_gpu.choose_spans("vector", 6, tokens, channels) > 1) == (len(chunks) > 8)
+        assert (pallas_gpu.choose_spans("vector", 3, tokens, channels) > 1) == (len(chunks) > 8)
         arrays, _ = shared.draw(14, tokens, "vector/1", tied_key=tied)
         arrays["log_decay"] = gates_of_chunks.draw(chunks, arrays["log_decay"].shape, 14)
         shared.compare("pallas_gpu", arrays, None, 5e-3, dtype=jnp.bfloat16, gates=jnp.bfloat16)
@@ -284,7 +284,7 @@ class TestOnTheDevice:
     @pytest.mark.parametrize("chunks", ("mmmmmm", "zimsfm", "mzmcimfb" * 4 + "m"))  # the third is cut into spans
     def test_mild_chunks_with_documents(self, chunks, channels, tied, monkeypatch):
         """They begin on the first, a middle and the last token of mild chunks, on closed gates, and in short ones."""
-        heads = 3 if channels < 256 else 1  # the scan keeps all states in float64
+        heads = 3 if channels < 256 else 1
         for name, size in {"HEADS": heads, "KEY": channels, "VALUE": channels}.items():
             monkeypatch.setattr(shared, name, size)
         tokens = 64 * len(chunks) - 12
@@ -306,7 +306,7 @@ class TestOnTheDevice:
 
     @pytest.mark.parametrize(
         ("kind", "segments"),
-        [("scalar", True), ("vector/1", True), ("mild and strong", False), ("mild and strong", True)],
+        [(k, True) for k in ("scalar", "phase", "vector/1")] + [("mild and strong", s) for s in (False, True)],
     )
     def test_bits_do_not_change_between_runs(self, kind, segments):
         """A race would show as a moving error."""
@@ -316,8 +316,8 @@ class TestOnTheDevice:
         if chosen:
             arrays["log_decay"] = gates_of_chunks.draw("msmcifmb" * 2, arrays["log_decay"].shape, 12)
             gates = jnp.bfloat16
-        types = dict.fromkeys("qkv", jnp.bfloat16) | {"log_decay": gates, "initial_state": jnp.float32}
-        low = {n: jnp.asarray(a, types[n]) for n, a in arrays.items()}
+        types = dict.fromkeys("qkv", jnp.bfloat16) | {"log_decay": gates}
+        low = {n: jnp.asarray(a, types.get(n, jnp.float32)) for n, a in arrays.items()}
         first = shared.run("pallas_gpu", low, ids, 0)
         for _ in range(10):
             for name, x in shared.run("pallas_gpu", low, ids, 0).items():
