@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 from jax.custom_derivatives import SymbolicZero
 
-from linscale.kernels.hopper import on_hopper
+from linscale.kernels.hopper import MULTIPROCESSORS, on_hopper
 from linscale.kernels.linear_attention import chunked, pallas_gpu_phase
 from linscale.kernels.linear_attention.pallas_gpu_blocks import Blocks
 from linscale.kernels.linear_attention.pallas_gpu_spans import chain, choose_spans, chunks_of_a_span
@@ -70,8 +70,8 @@ def pallas_gpu(q, k, v, log_decay, phase, initial_state, segment_ids):
         first = None if segment_ids is None else document_starts(segment_ids, q)
         out, state = _vector(q, k, v, widen(log_decay), initial_state, first)
     else:
-        decays = log_decay is not None
-        log_decay = log_decay if decays else jnp.zeros(q.shape[2], jnp.float32)
+        decays = log_decay is not None or _streams(q, blocks)
+        log_decay = jnp.zeros(q.shape[2], jnp.float32) if log_decay is None else log_decay
         out, state = _scalar(tokens, decays, q, k, v, log_decay, initial_state, segment_ids)
     state = state.reshape(*state.shape[:2], parts, wide_K, wide_V)[..., :K, :V]
     return out[:, :tokens, :, :V], state.reshape(*state.shape[:2], parts * K, V)
@@ -79,6 +79,16 @@ def pallas_gpu(q, k, v, log_decay, phase, initial_state, segment_ids):
 
 def _pad(x, widths, **kw):
     return jnp.pad(x, widths, **kw) if any(w != (0, 0) for w in widths) else x
+
+
+def _streams(q, blocks):
+    """Whether every multiprocessor streams heads of one block of 128 channels, at the memory's pace.
+
+    Without decay a chunk is up to 18 % faster if nothing is weighted, but then memory is 1 to 4 % slower, as measured
+    (experiments/kernels/reports/2026-11-27_h200_kernels.md): what has no decay is then weighted with ones.
+    """
+    walks = q.shape[0] * q.shape[2] * _spans("scalar", q, blocks)
+    return blocks.number == 1 and blocks.width == 128 and walks >= 0.95 * MULTIPROCESSORS
 
 
 def _spans(kind, q, blocks):

@@ -271,7 +271,8 @@ class TestOnTheDevice:
     @pytest.mark.parametrize("channels", (64, 128))
     @pytest.mark.parametrize("chunks", ("mmmm", "mcimfbzs", "smbfmcif" * 4 + "m"))  # the third is cut into spans
     def test_mild_chunks(self, chunks, channels, tied, monkeypatch):
-        for name, size in {"BATCH": 1, "KEY": channels, "VALUE": channels}.items():  # the scan keeps all states in float64
+        sizes = {"BATCH": 1, "KEY": channels, "VALUE": channels}  # the scan keeps all states in float64
+        for name, size in sizes.items():
             monkeypatch.setattr(shared, name, size)
         tokens = 64 * len(chunks) - 12
         assert (pallas_gpu.choose_spans("vector", 3, tokens, channels) > 1) == (len(chunks) > 8)
