@@ -84,7 +84,7 @@ def _pad(x, widths, **kw):
 def _streams(q, blocks):
     """Whether every multiprocessor streams heads of one block of 128 channels, at the memory's pace.
 
-    Without decay a chunk is up to 18 % faster if nothing is weighted, but then memory is 1 to 4 % slower, as measured
+    Without decay a chunk is up to 18 % faster if nothing is weighted, but memory then serves up to 2 % slower, as measured
     (experiments/kernels/reports/2026-11-27_h200_kernels.md): what has no decay is then weighted with ones.
     """
     walks = q.shape[0] * q.shape[2] * _spans("scalar", q, blocks)
