@@ -124,6 +124,7 @@ def test_png_files_and_json(folder, html):
     figures = {f"compute-{arch}.png" for arch in paper.TABLE3} | {"comparison.png", "parameters.png", "training.png"}
     figures |= {"n-opt.png", "d-opt.png"}
     assert names == figures | {name.replace(".png", ".svg") for name in figures} | {"index.html", "fit.json"}
+    assert all((folder / "report" / name).read_bytes().startswith(b"\x89PNG") for name in figures)
     for name in figures:
         assert (folder / "report" / name).read_bytes().startswith(b"\x89PNG")
     assert len(json.loads((folder / "report" / "fit.json").read_text())["fits"]) == 4
