@@ -27,7 +27,7 @@ def pytest_configure(config):
 def pytest_collection_finish():
     """What is imported stays, and programs in JAX's caches too: to walk over them again and again costs a tenth."""
     gc.freeze()
-    gc.set_threshold(50_000, 20, 50)
+    gc.set_threshold(50_000, 10, 10)
 
 
 def _compile_once(config):

@@ -218,7 +218,7 @@ def wide(tmp_path_factory):
 
 
 def test_with_enough_runs_the_report_has_the_law_of_size_and_tokens(wide, capsys):
-    options = ["--hardware", "v5e:4x4", "--budget", "1e13", "1e14", "--resamples", "60"]
+    options = ["--hardware", "v5e:4x4", "--budget", "1e13", "1e14", "--resamples", "150"]
     assert report.main([str(wide), *options]) == 0
     html = (wide / "report" / "index.html").read_text(encoding="utf-8")
     text = " ".join("".join(Balanced(html).text).split())
