@@ -126,7 +126,7 @@ def test_a_design_that_cannot_tell_gets_no_optimum(tmp_path):
         csv.writer(out).writerows(
             [*rows, *([r[0] + "b", r[1], float(r[2]) * 1.3, float(r[3]) * 1.3, r[4], r[5]] for r in rows[1:])]
         )
-    assert fit.main([str(file), *COLUMNS, "--report", str(tmp_path / "page")]) == 0
+    assert fit.main([str(file), *COLUMNS, "--resamples", "20", "--report", str(tmp_path / "page")]) == 0
     html = (tmp_path / "page" / "index.html").read_text(encoding="utf-8")
     assert "cannot be told apart" in html
     assert "What to train with a budget" not in html and "N_opt grows" not in html
