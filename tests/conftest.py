@@ -1,3 +1,4 @@
+import gc
 import os
 import subprocess
 import sys
@@ -21,6 +22,12 @@ def pytest_configure(config):
         os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {QUICK}"
     if config.option.markexpr not in ("gpu", "tpu_compile") and "JAX_COMPILATION_CACHE_DIR" not in os.environ:
         _compile_once(config)
+
+
+def pytest_collection_finish():
+    """What is imported stays, and programs in JAX's caches too: to walk over them again and again costs a tenth."""
+    gc.freeze()
+    gc.set_threshold(50_000, 10, 10)
 
 
 def _compile_once(config):

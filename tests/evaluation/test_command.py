@@ -7,12 +7,10 @@ from pathlib import Path
 
 import pytest
 
-pytest.importorskip("lm_eval")
-
-from lm_eval import tasks as harness
-
 from linscale import cli
 from linscale.evaluation import results, runs, scoring, table
+
+pytest.importorskip("lm_eval")
 
 
 @pytest.fixture
@@ -88,6 +86,8 @@ MISSPELT = (["--tasks", "piqqa"], "'piqqa' is not a task of the harness; did you
 @pytest.fixture
 def small_index(monkeypatch):
     """The harness knows one folder of its tasks: it takes many seconds to read all 14,000."""
+    from lm_eval import tasks as harness
+
     folder = Path(harness.__file__).parent / "piqa"
     manager = functools.partial(harness.TaskManager, include_path=str(folder), include_defaults=False)
     monkeypatch.setattr(harness, "TaskManager", manager)

@@ -7,6 +7,7 @@ shown, nothing is compiled, every file that was there has the bytes it had, and 
 
 import contextlib
 import dataclasses
+import functools
 import hashlib
 import importlib
 import io
@@ -101,24 +102,33 @@ def snapshot(folder: Path) -> dict[str, str]:
     return found
 
 
+@functools.cache
+def compiles() -> list[float]:
+    """Seconds of every XLA compile of this process from the first call on, cached ones included."""
+    import jax
+
+    found = []
+
+    def listen(event: str, seconds: float, **_):
+        if event.endswith("backend_compile_duration"):
+            found.append(seconds)
+
+    jax.monitoring.register_event_duration_secs_listener(listen)
+    jax.clear_caches()
+    return found
+
+
 @contextlib.contextmanager
 def counting_compiles(compiled: list):
     """Appends to the list at every XLA compile, cached ones included."""
     import jax
-    from jax import monitoring
 
-    counting = True
-    jax.clear_caches()  # what an earlier case compiled counts again
-
-    def listen(event: str, seconds: float, **_):
-        if counting and event.endswith("backend_compile_duration"):
-            compiled.append(seconds)
-
-    monitoring.register_event_duration_secs_listener(listen)
-    try:
-        yield
-    finally:
-        counting = False
+    found = compiles()
+    if found:  # what an earlier case compiled counts again
+        jax.clear_caches()
+        found.clear()
+    yield
+    compiled += found
 
 
 def train(folder: Path, *overrides: str, rung: str = "tnl", texts: bool = True) -> list[str]:

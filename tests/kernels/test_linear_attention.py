@@ -14,7 +14,7 @@ import pytest
 from linscale.kernels import linear_attention, linear_attention_step
 
 IMPLEMENTATIONS = ("chunked", "scan")
-LENGTHS = (1, pytest.param(63, marks=pytest.mark.slow), 64, 65, 1000)
+LENGTHS = {"chunked": (1, 64, 65, 1000), "scan": (1, 1000)}  # no length is special to the scan
 BATCH, HEADS, KEY, VALUE = 2, 3, 8, 5
 
 logsigmoid = lambda x: -np.logaddexp(0, -x)  # noqa: E731
@@ -117,14 +117,23 @@ def errors_of_own_pairs(out, arrays):
     return np.abs(out - want) / size
 
 
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(
+    ("implementation", "tokens"),
+    [
+        pytest.param(name, tokens, marks=() if tokens in LENGTHS[name] else pytest.mark.slow)
+        for name in IMPLEMENTATIONS
+        for tokens in (1, 63, 64, 65, 1000)
+    ],
+)
+def test_state_and_segments(implementation, tokens, kind):
+    """Against the float64 scan, as the class below."""
+    arrays, ids = draw(tokens, tokens, kind, segments=True)
+    compare(implementation, arrays, ids, 1e-5, seed=tokens)
+
+
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 class TestAgainstFloat64Scan:
-    @pytest.mark.parametrize("kind", KINDS)
-    @pytest.mark.parametrize("tokens", LENGTHS)
-    def test_state_and_segments(self, implementation, tokens, kind):
-        arrays, ids = draw(tokens, tokens, kind, segments=True)
-        compare(implementation, arrays, ids, 1e-5, seed=tokens)
-
     @pytest.mark.parametrize("kind", KINDS)
     def test_plain(self, implementation, kind):
         arrays, ids = draw(7, 130, kind, state=False)
@@ -149,16 +158,17 @@ class TestAgainstFloat64Scan:
     @pytest.mark.parametrize("kind", ("none", "scalar", "phase", "vector/1"))
     def test_closed_gates_and_many_documents(self, implementation, kind):
         """Every token its own document: it reads itself alone, and the first one the initial state too."""
-        arrays, _ = draw(10, 70, kind, state=True)
-        ids = np.broadcast_to(np.arange(70), (BATCH, 70))
+        arrays, _ = draw(10, 1000, kind, state=True)
+        ids = np.broadcast_to(np.arange(1000), (BATCH, 1000))
         got = run(implementation, {n: a.astype(np.float32) for n, a in arrays.items()}, ids, 0)
         assert errors_of_own_pairs(got["out"], arrays)[:, 1:].max() < 1e-6
 
     @pytest.mark.parametrize("kind", ("scalar", "vector/1"))
     def test_minus_infinity_forgets(self, implementation, kind):
-        arrays, _ = draw(11, 40, kind)
+        arrays, _ = draw(11, 1000, kind)
         arrays["log_decay"] = np.full_like(arrays["log_decay"], -np.inf)
-        got = run(implementation, {n: a.astype(np.float32) for n, a in arrays.items()}, None, 0)
+        ids = np.zeros((BATCH, 1000), int)  # one document: the program of test_state_and_segments
+        got = run(implementation, {n: a.astype(np.float32) for n, a in arrays.items()}, ids, 0)
         assert errors_of_own_pairs(got["out"], arrays).max() < 1e-6
         assert all(np.isfinite(x).all() for x in got.values())
 

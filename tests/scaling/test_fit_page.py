@@ -45,7 +45,8 @@ def write_budgets(file, seed=0):
     return file
 
 
-COLUMNS = ["--n", "params", "--d", "tokens", "--loss", "loss", "--resamples", "20"]
+DRAWS = ["--resamples", "150"]  # about as many as starts: one program for both
+COLUMNS = ["--n", "params", "--d", "tokens", "--loss", "loss", *DRAWS]
 
 
 @pytest.fixture(scope="module")
@@ -95,6 +96,7 @@ def test_files_lie_beside_the_page(folder, html):
         f"{kind}-{i}" for kind in ("contours", "slices", "residuals", "task-1") for i in (1, 2)
     }
     assert names == {f"{name}.{end}" for name in figures for end in ("png", "svg")} | {"index.html", "fit.json"}
+    assert all((folder / f"{name}.png").read_bytes().startswith(b"\x89PNG") for name in figures)
     assert len(re.findall(r'<svg[^>]*role="img"', html)) == len(figures)
     assert not re.search(r"https?://", html.replace("http://www.w3.org/", ""))
 
@@ -109,7 +111,7 @@ def test_hostile_groups_and_columns(tmp_path):
     with file.open() as text:
         changed = text.read().replace("params", "p<b>$x")
     file.write_text(changed)
-    options = [str(file), "--n", "p<b>$x", "--d", "tokens", "--loss", "loss", "--resamples", "20", "--group", 'g"<i>']
+    options = [str(file), "--n", "p<b>$x", "--d", "tokens", "--loss", "loss", *DRAWS, "--group", 'g"<i>']
     assert fit.main([*options, "--report", str(tmp_path / "page")]) == 0
     parsed = Balanced((tmp_path / "page" / "index.html").read_text(encoding="utf-8"))
     assert hostile in "".join(parsed.text)
@@ -124,7 +126,7 @@ def test_a_design_that_cannot_tell_gets_no_optimum(tmp_path):
         csv.writer(out).writerows(
             [*rows, *([r[0] + "b", r[1], float(r[2]) * 1.3, float(r[3]) * 1.3, r[4], r[5]] for r in rows[1:])]
         )
-    assert fit.main([str(file), *COLUMNS, "--report", str(tmp_path / "page")]) == 0
+    assert fit.main([str(file), *COLUMNS, "--resamples", "20", "--report", str(tmp_path / "page")]) == 0
     html = (tmp_path / "page" / "index.html").read_text(encoding="utf-8")
     assert "cannot be told apart" in html
     assert "What to train with a budget" not in html and "N_opt grows" not in html
@@ -156,7 +158,7 @@ def test_d_from_flops_is_named(tmp_path, capsys):
     numbers = [tuple(map(float, row.split(","))) for row in rows]
     text = "".join(f"{n},{6 * n * d},{loss}\n" for n, d, loss in numbers)
     (tmp_path / "flops.csv").write_text("params,flops,loss\n" + text)
-    options = ["--n", "params", "--flops", "flops", "--loss", "loss", "--resamples", "5"]
+    options = ["--n", "params", "--flops", "flops", "--loss", "loss", *DRAWS]
     assert fit.main([str(tmp_path / "flops.csv"), *options, "--report", str(tmp_path / "page")]) == 0
     assert "N is params; C as counted; D is C / (6 N)." in capsys.readouterr().out
     assert "D is C / (6 N)." in (tmp_path / "page" / "index.html").read_text()

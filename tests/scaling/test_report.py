@@ -124,6 +124,7 @@ def test_png_files_and_json(folder, html):
     figures = {f"compute-{arch}.png" for arch in paper.TABLE3} | {"comparison.png", "parameters.png", "training.png"}
     figures |= {"n-opt.png", "d-opt.png"}
     assert names == figures | {name.replace(".png", ".svg") for name in figures} | {"index.html", "fit.json"}
+    assert all((folder / "report" / name).read_bytes().startswith(b"\x89PNG") for name in figures)
     for name in figures:
         assert (folder / "report" / name).read_bytes().startswith(b"\x89PNG")
     assert len(json.loads((folder / "report" / "fit.json").read_text())["fits"]) == 4
@@ -217,7 +218,7 @@ def wide(tmp_path_factory):
 
 
 def test_with_enough_runs_the_report_has_the_law_of_size_and_tokens(wide, capsys):
-    options = ["--hardware", "v5e:4x4", "--budget", "1e13", "1e14", "--resamples", "60"]
+    options = ["--hardware", "v5e:4x4", "--budget", "1e13", "1e14", "--resamples", "150"]
     assert report.main([str(wide), *options]) == 0
     html = (wide / "report" / "index.html").read_text(encoding="utf-8")
     text = " ".join("".join(Balanced(html).text).split())

@@ -1,11 +1,12 @@
+import dataclasses
 import json
 import textwrap
 from pathlib import Path
 
 import pytest
 
-from linscale.config import base, resolve
-from linscale.training import metrics
+from linscale.config import Data, Init, base, resolve
+from linscale.training import loop, metrics
 
 RECIPE = '''
 """A run of seconds, for tests."""
@@ -26,6 +27,23 @@ def get_config(rung):
     config.log.tensorboard = False
     return config
 '''
+
+
+PROGRAMS = {}
+
+
+@pytest.fixture(autouse=True)
+def programs_shared(monkeypatch):
+    """Runs of this process that differ only in folders, data and where they begin are traced once."""
+    compile_programs = loop.compile_programs
+
+    def shared(config, abstract, mesh):
+        key = dataclasses.replace(config, name="", output="", data=Data(), init=Init()), mesh
+        if key not in PROGRAMS:
+            PROGRAMS[key] = compile_programs(config, abstract, mesh)
+        return PROGRAMS[key]
+
+    monkeypatch.setattr(loop, "compile_programs", shared)
 
 
 @pytest.fixture

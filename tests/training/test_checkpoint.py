@@ -1,6 +1,6 @@
 """Damaged checkpoints, retention, and where a run begins."""
 
-import functools
+import dataclasses
 import random
 import shutil
 import sys
@@ -9,11 +9,18 @@ import jax
 import numpy as np
 import pytest
 
-from linscale.config import ConfigError, Restart
+from linscale.config import ConfigError, Data, Restart
 from linscale.evaluation import runs
 from linscale.scaling import flops
 from linscale.sharding import make_mesh
 from linscale.training import checkpoint, loop, run_folder, small_state, start, step
+
+INIT = jax.jit(step.init, static_argnums=0)
+
+
+def first_state(config):
+    """Made by one program for all folders."""
+    return INIT(dataclasses.replace(config, name="", output="", data=Data()))
 
 
 @pytest.fixture(params=("small", "large"))
@@ -22,7 +29,7 @@ def saved(make, request, monkeypatch):
     if request.param == "large":
         monkeypatch.setattr(small_state, "_MOST", 0)
     config = make("hgrn2")
-    state = jax.jit(functools.partial(step.init, config))()
+    state = first_state(config)
     folder = run_folder.of(config) / "checkpoints"
     folder.mkdir(parents=True)
     with checkpoint.open_folder(folder, config) as series:
@@ -84,7 +91,7 @@ def test_the_formats_are_what_they_are_said_to_be(saved, request):
 def test_a_folder_may_hold_both_formats_and_one_policy_keeps_both(make, monkeypatch):
     """A run that was begun by an earlier version, or in several processes, and goes on in one; and the other way."""
     config = make("tnl", **{"train.checkpoint_keep": 2, "train.checkpoint_keep_every": 4})
-    state = jax.jit(functools.partial(step.init, config))()
+    state = first_state(config)
     folder = run_folder.of(config) / "checkpoints"
     most = small_state._MOST
     with checkpoint.open_folder(folder, config) as series:
@@ -124,7 +131,7 @@ def test_a_save_that_fails_is_told_by_the_next_one_and_leaves_nothing(saved, mon
 
 def test_a_copy_is_taken_before_the_state_is_donated(make):
     config = make("tnl")
-    state = jax.jit(functools.partial(step.init, config))()
+    state = first_state(config)
     expected = jax.tree.map(np.array, state)
     change = jax.jit(lambda tree: jax.tree.map(lambda x: x + 1, tree), donate_argnums=0)
     folder = run_folder.of(config) / "checkpoints"

@@ -63,7 +63,7 @@ def test_rule_agrees_with_numpy():
     assert 0 < skipped < n
 
 
-@pytest.mark.parametrize("accumulation", (1, 2))
+@pytest.mark.parametrize("accumulation", (pytest.param(1, marks=pytest.mark.slow), 2))
 def test_a_bad_step_changes_counters_alone(monkeypatch, accumulation):
     """NaN in one micro-batch's gradient: parameters and moments keep their bits, the step counts on."""
     c = config(accumulation=accumulation)

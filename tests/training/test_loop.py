@@ -46,26 +46,26 @@ def test_a_finished_run_returns_at_once(make, monkeypatch, capsys):
     assert "finished before" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("at, workers_after", ((3, 0), (7, 0), (25, 2)))
-def test_an_interrupted_run_continues_exactly(make, exact, tmp_path, monkeypatch, at, workers_after):
+def test_an_interrupted_run_continues_exactly(make, exact, tmp_path, monkeypatch):
     """Before the first checkpoint, just after one, and later with another number of data workers."""
-    whole, broken = make("llama"), make("llama", output=tmp_path / "broken")
+    whole, honest = make("llama"), loop.record
     loop.train(whole)
-    honest = loop.record
+    for at, workers_after in ((3, 0), (7, 0), (25, 2)):
 
-    def interrupt(log, progress, config, n, measured):
-        if n == at:
-            raise KeyboardInterrupt
-        return honest(log, progress, config, n, measured)
+        def interrupt(log, progress, config, n, measured, at=at):
+            if n == at:
+                raise KeyboardInterrupt
+            return honest(log, progress, config, n, measured)
 
-    monkeypatch.setattr(loop, "record", interrupt)
-    with pytest.raises(KeyboardInterrupt):
-        loop.train(broken)
-    monkeypatch.setattr(loop, "record", honest)
-    with open(run_folder.of(broken) / "metrics.jsonl", "a") as file:
-        file.write('{"step": 39, "loss": 1.0}\n{"step": 4')  # lines after the checkpoint, the last one torn
-    loop.train(make("llama", output=tmp_path / "broken", **{"data.workers": workers_after}))
-    assert exact(run_folder.of(broken)) == exact(run_folder.of(whole))
+        broken = make("llama", output=tmp_path / f"broken at {at}")
+        monkeypatch.setattr(loop, "record", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            loop.train(broken)
+        monkeypatch.setattr(loop, "record", honest)
+        with open(run_folder.of(broken) / "metrics.jsonl", "a") as file:
+            file.write('{"step": 39, "loss": 1.0}\n{"step": 4')  # lines after the checkpoint, the last one torn
+        loop.train(make("llama", output=broken.output, **{"data.workers": workers_after}))
+        assert exact(run_folder.of(broken)) == exact(run_folder.of(whole)), at
 
 
 def test_resume_restores_every_bit_of_the_state(make):

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from linscale.config import ARCHITECTURES, Config, Model, Optimizer, Train
-from linscale.training import step
+from linscale.training import optimizer, step
 
 B, T, VOCAB = 4, 16, 40
 # Loss and gradient norm of the first step on `batch()`. They may change when a model, its initialisation or the random
@@ -74,7 +74,7 @@ def test_first_loss_is_that_of_guessing_and_numbers_are_golden(arch):
     assert got == pytest.approx(GOLDEN[arch], rel=1e-3), f"if meant, set GOLDEN[{arch!r}] = {got}"
 
 
-@pytest.mark.parametrize("accumulation", (2, 4))
+@pytest.mark.parametrize("accumulation", (2, pytest.param(4, marks=pytest.mark.slow)))
 def test_accumulation_changes_only_rounding(accumulation):
     """Loss, and the gradient as Adam's first moment holds it, in spite of padding that is uneven over micro-batches."""
     whole, (whole_metrics,) = run(config())
@@ -123,12 +123,13 @@ def test_state_is_float32_and_depends_on_the_seed_alone():
 def test_angles_kept_have_no_gradient_and_leave_the_others_alone():
     kept, learned = (config("cosformer2", theta_share=share) for share in (0.0, 1.0))
     state = first_state(kept)
-    (loss, grads), (same, wanted) = (step.gradients(c, state.params, batch()) for c in (kept, learned))
+    gradients = jax.jit(step.gradients, static_argnums=0)
+    (loss, grads), (same, wanted) = (gradients(c, state.params, batch()) for c in (kept, learned))
     assert loss == same
     for (path, got), want in zip(jax.tree_util.tree_leaves_with_path(grads), jax.tree.leaves(wanted)):
         if path[-1].key == "theta":
             assert not got.any() and np.abs(want).max() > 1e-3
         else:
             np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-7)
-    before, after = (s.params["layers"]["cosformer2"]["mixer"]["theta"] for s in (state, run(kept)[0]))
-    np.testing.assert_array_equal(after, before)
+    updates, _ = jax.jit(optimizer.make(kept).update)(grads, state.opt_state, state.params)
+    assert not updates["layers"]["cosformer2"]["mixer"]["theta"].any() and updates["embedding"].any()
