@@ -1,11 +1,13 @@
-"""Log decays per token and channel whose every chunk of 64 tokens is of a chosen kind, for the Hopper kernels' choice."""
+"""Log decays per token and channel whose every chunk is of a chosen kind, for kernels that choose by them.
+
+Chunks of 64 tokens and the floor of their sums are the Hopper kernels', unless said otherwise.
+"""
 
 import jax.numpy as jnp
 import numpy as np
 
 CHUNK = 64
 FLOOR = -60.0  # the least sum of a mild chunk
-EACH = FLOOR / CHUNK  # exact in bfloat16, as are its sums
 KINDS = {
     "m": "mild",
     "s": "strong in every channel",
@@ -17,13 +19,13 @@ KINDS = {
 }
 
 
-def draw(kinds, shape, seed):
-    """[B,T,H,K] float64 of bfloat16 values; T may end inside the last chunk."""
+def draw(kinds, shape, seed, chunk=CHUNK, floor=FLOOR):
+    """[B,T,H,K] float64 of bfloat16 values; T may end inside the last chunk; floor / chunk is exact in bfloat16."""
     batch, tokens, heads, channels = shape
     rng = np.random.default_rng(seed)
     chunks = []
     for kind in kinds:
-        x = -0.9 * rng.random((batch, CHUNK, heads, channels))
+        x = -0.9 * rng.random((batch, chunk, heads, channels))
         if kind == "s":
             x = 4.0 * x
         elif kind == "c":
@@ -31,7 +33,7 @@ def draw(kinds, shape, seed):
         elif kind == "i":
             x[:, 30, :, -1] = -np.inf
         elif kind in "fb":
-            x[:] = EACH
+            x[:] = floor / chunk
             x[:, 40, :, channels // 2] -= 1 / 16 if kind == "b" else 0.0
         elif kind == "z":
             x[:] = 0.0
@@ -39,8 +41,8 @@ def draw(kinds, shape, seed):
     return np.asarray(jnp.asarray(np.concatenate(chunks, 1)[:, :tokens], jnp.bfloat16), np.float64)
 
 
-def mild(log_decay):
-    """[B,chunks,H,K] bool: whether a chunk's sum is at least FLOOR; tokens past the end count as zero."""
+def mild(log_decay, chunk=CHUNK, floor=FLOOR):
+    """[B,chunks,H,K] bool: whether a chunk's sum is at least the floor; tokens past the end count as zero."""
     batch, tokens, heads, channels = log_decay.shape
-    x = np.pad(log_decay, [(0, 0), (0, -tokens % CHUNK), (0, 0), (0, 0)])
-    return x.reshape(batch, -1, CHUNK, heads, channels).sum(2) >= FLOOR
+    x = np.pad(log_decay, [(0, 0), (0, -tokens % chunk), (0, 0), (0, 0)])
+    return x.reshape(batch, -1, chunk, heads, channels).sum(2) >= floor
