@@ -16,6 +16,8 @@ KINDS = {
     "f": "at the floor: mild",
     "b": "below the floor by a sixteenth in one channel: strong",
     "z": "zero",
+    "w": "weak: what is read of the chunk before counts",
+    "j": "weak but for one closed gate in the last channel",
 }
 
 
@@ -26,11 +28,13 @@ def draw(kinds, shape, seed, chunk=CHUNK, floor=FLOOR):
     chunks = []
     for kind in kinds:
         x = -0.9 * rng.random((batch, chunk, heads, channels))
+        if kind in "wj":
+            x = x / 64
         if kind == "s":
             x = 4.0 * x
         elif kind == "c":
             x[..., 0] -= 3.0
-        elif kind == "i":
+        elif kind in "ij":
             x[:, 30, :, -1] = -np.inf
         elif kind in "fb":
             x[:] = floor / chunk
