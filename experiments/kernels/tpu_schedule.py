@@ -3,6 +3,7 @@
     pip install 'jax[tpu]'
     python experiments/kernels/tpu_schedule.py --output=tpu_schedules       # all generations, kinds and head sizes
     python experiments/kernels/tpu_schedule.py --generations=v5e --kinds=scalar --channels=128 --tiles=128,512,8,4,64
+    python experiments/kernels/tpu_schedule.py --compile-times              # no schedules: how long tracing and compiling take
 
 For each kernel the compiler's final schedule is read: how many cycles one step of the grid takes in the steady state
 (waits for memory are not part of a schedule), against two floors of the same step: the matrix unit's, by the operator's
@@ -10,7 +11,10 @@ multiplications at peak rate, and the memory's, by the bytes no kernel can avoid
 data sheet's bandwidth). Memory transfers run beside the computation, so a step takes about the larger of the two.
 
 Cycles are those before runs of empty instructions are folded into delays. Counted are the grid loop's body and its inner
-loops times their trips; left out are regions that run at the first or last block of a row only (they hold no transfer).
+loops times their trips; left out are regions that run at the first or last block of a row only (they hold no transfer). Vector
+decay has two ways through a chunk, for mild gates and for strong ones: each is counted as if all chunks took it.
+
+Compile times are read without a dump, whose writing takes longer than the compiler; backward is both kernels.
 """
 
 import argparse
@@ -103,7 +107,11 @@ def utilisation(name):
 
 
 def schedule(name, trips):
-    """(cycles of a steady grid step, busy slots per unit in it, bytes of VMEM); trips: of the inner loops, in order."""
+    """(for each way through a steady grid step its cycles and busy slots per unit, bytes of VMEM, bundles of inner loops).
+
+    trips: of the inner loops, in order. Ways: one, or where a loop's body is one of two branches, those of mild and of
+    strong chunks, as if all of a block's were alike.
+    """
     before = utilisation(name)
     lines = []
     for line in dumped(name, "packed-bundles-post-ra.txt").read_text().split("\n"):
@@ -135,10 +143,22 @@ def schedule(name, trips):
         inside = [x for x in lines[i + 1 :] if a <= x[0] < b]
         if not any("dma" in x[3] or x[2] > 1 for x in inside):
             weight[a:b] = [0] * (b - a)
-    slots = {u: sum(w * r[c] for w, r in zip(weight, before)) for c, u in enumerate(UNITS)}
+    branches = [
+        (address + 5, int(m[1]))
+        for address, _, depth, bundle in lines
+        if depth == 2 and (m := re.search(r"sbr\.rel \(.*?\) target bundleno = (\d+)", bundle)) and int(m[1]) > address
+    ]
+    assert len(branches) in (0, 2), branches
+    ways = []
+    for skipped in branches[::-1] or [None]:
+        taken = list(weight)
+        if skipped:
+            taken[skipped[0] : skipped[1]] = [0] * (skipped[1] - skipped[0])
+        slots = {u: sum(w * r[c] for w, r in zip(taken, before)) for c, u in enumerate(UNITS)}
+        ways.append((sum(taken), slots))
     header = dumped(name, "post-delay-converter.txt").read_text()[:40_000]
     sizes = re.findall(r"space=vmem, size = (0x[0-9a-f]+)", header)
-    return sum(weight), slots, sum(int(s, 16) for s in sizes), [b - a for a, b in loops]
+    return ways, sum(int(s, 16) for s in sizes), [b - a for a, b in loops]
 
 
 def floors(generation, kind, direction, plan, columns, channels, dtype):
@@ -160,9 +180,10 @@ def measure(generation, kind, direction, channels, *, batch=8, tokens=8192, head
     with jax.set_mesh(mesh):
         plan = pallas_tpu.plan_for(tokens, heads, channels, channels, kind, jnp.dtype(dtype), False)
     columns = plan.columns if direction == "forward" else plan.columns_backward
-    seconds, temporary = compile_kernel(mesh, kind, direction, batch, tokens, heads, channels, dtype)
+    temporary = compile_kernel(mesh, kind, direction, batch, tokens, heads, channels, dtype)[1]
     trips = pallas_tpu.inner_loops(plan, direction)
-    cycles, slots, vmem, loops = schedule(f"linear_attention_{direction}", trips)
+    ways, vmem, loops = schedule(f"linear_attention_{direction}", trips)
+    (mild, _), (cycles, slots) = ways[0], ways[-1]
     matrix, memory = floors(generation, kind, direction, plan, columns, channels, dtype)
     steps = batch * tokens / plan.block * (heads * channels / pallas_tpu.LANES / columns)
     _, cores, clock, _ = CHIPS[generation]
@@ -175,18 +196,32 @@ def measure(generation, kind, direction, channels, *, batch=8, tokens=8192, head
         "block": plan.block,
         "columns": columns,
         "cycles": cycles,
+        "mild_cycles": mild,
         "mxu_floor": round(matrix),
         "hbm_floor": round(memory),
         "ratio": round(cycles / max(matrix, memory), 2),
+        "mild_ratio": round(mild / max(matrix, memory), 2),
         "loops": loops,
         "milliseconds": round(steps * max(cycles, memory) / clock / cores * 1e3, 2),
         "floor_milliseconds": round(steps * max(matrix, memory) / clock / cores * 1e3, 2),
         "spills_and_fills": slots["spill"] + slots["fill"],
         "vmem_bytes": vmem,
         "temporary_bytes": temporary,
-        "compile_seconds": round(seconds[0], 1),
-        "compile_cpu_seconds": round(seconds[1], 1),
         "slots": slots,
+        "mild_slots": ways[0][1],
+    }
+
+
+def compile_times(generation, kind, direction, channels, *, batch=8, tokens=8192, heads=16, dtype=jnp.bfloat16):
+    mesh = mesh_of(generation)
+    wall, processor = compile_kernel(mesh, kind, direction, batch, tokens, heads, channels, dtype)[0]
+    return {
+        "generation": generation,
+        "kind": kind,
+        "direction": direction,
+        "channels": channels,
+        "compile_seconds": round(wall, 1),
+        "compile_cpu_seconds": round(processor, 1),
     }
 
 
@@ -199,9 +234,11 @@ COLUMNS = {
     "block": "block",
     "columns": "columns",
     "cycles": "cycles a step",
+    "mild_cycles": "of mild chunks",
     "mxu_floor": "MXU floor",
     "hbm_floor": "HBM floor",
     "ratio": "ratio",
+    "mild_ratio": "ratio of mild chunks",
     "milliseconds": "ms of a chip",
     "floor_milliseconds": "floor ms",
     "spills_and_fills": "spills + fills",
@@ -212,11 +249,12 @@ COLUMNS = {
 
 
 def cells(row):
-    return [f"{row[c] / 2**20:.1f}" if c == "vmem_bytes" else f"{row[c]}" for c in COLUMNS]
+    return [f"{row[c] / 2**20:.1f}" if c == "vmem_bytes" else f"{row[c]}" for c in COLUMNS if c in row]
 
 
 def table(rows):
-    lines = ["| " + " | ".join(COLUMNS.values()) + " |", "|" + "---|" * len(COLUMNS)]
+    names = [name for c, name in COLUMNS.items() if c in rows[0]]
+    lines = ["| " + " | ".join(names) + " |", "|" + "---|" * len(names)]
     for row in rows:
         lines.append("| " + " | ".join(cells(row)) + " |")
     return "\n".join(lines) + "\n"
@@ -235,8 +273,12 @@ def main():
         "--tiles", help="chunk,block,forward columns,backward columns,chunk of two heads: instead of the table's"
     )
     parser.add_argument("--output", help="folder for schedules.json and schedules.md")
+    parser.add_argument("--compile-times", action="store_true", help="these instead of schedules")
     parser.add_argument("--keep", action="store_true", help="keep the compiler's dump of the last kernel")
     args = parser.parse_args()
+    if args.compile_times:
+        os.environ.pop("LIBTPU_INIT_ARGS")
+    row_of = compile_times if args.compile_times else measure
     rows = []
     for generation in args.generations:
         for kind in args.kinds:
@@ -245,9 +287,10 @@ def main():
                 pallas_tpu_tiles.table(kind)[generation] = own
             for channels in args.channels:
                 for direction in args.directions:
-                    row = measure(generation, kind, direction, channels, batch=args.batch, heads=args.heads)
+                    row = row_of(generation, kind, direction, channels, batch=args.batch, heads=args.heads)
                     rows.append(row)
-                    print(", ".join(f"{name} {cell}" for name, cell in zip(COLUMNS.values(), cells(row))), flush=True)
+                    names = [name for c, name in COLUMNS.items() if c in row]
+                    print(", ".join(f"{name} {cell}" for name, cell in zip(names, cells(row))), flush=True)
     if args.output:
         folder = pathlib.Path(args.output)
         folder.mkdir(parents=True, exist_ok=True)

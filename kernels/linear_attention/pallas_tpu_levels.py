@@ -19,8 +19,8 @@ def levels_of(C):
 def table_shapes(C, heads, dtype, *, backward):
     """Masks of all levels, of which the backward pass also needs one as bits; and there, which tokens are later."""
     levels, packing = len(levels_of(C)), 4 // jnp.dtype(dtype).itemsize
-    more = [pltpu.VMEM((levels, C // packing, heads * C), jnp.int32), pltpu.VMEM((C, C), dtype)]
-    return [pltpu.VMEM((levels, C, heads * C), F32)] + more * backward
+    more = [pltpu.VMEM((levels, C // packing, heads * C), jnp.int32)]
+    return [pltpu.VMEM((levels, C, heads * C), F32), pltpu.VMEM((C, C), dtype)] + more * backward
 
 
 def places(C, heads):
@@ -29,7 +29,13 @@ def places(C, heads):
     return row, col % C
 
 
-def fill_tables(C, heads, masks, bits=None, later=None):
+def fill_later(later):
+    """later [t,s]: whether token s is after t."""
+    row, col = (lax.broadcasted_iota(jnp.int32, later.shape, d) for d in (0, 1))
+    later[...] = (col > row).astype(F32).astype(later.dtype)
+
+
+def fill_tables(C, heads, masks, bits=None):
     """masks: which pairs meet at each level, those of a block of 2h tokens that are in different halves: [query, key],
     and with `bits`, [key, query]. bits: the same in both orders, as words that hold one or two rows. later [t,s]: whether
     s is after t."""
@@ -38,7 +44,6 @@ def fill_tables(C, heads, masks, bits=None, later=None):
         meet = (row ^ col) // h == 1
         masks[i] = (meet & (row > col if bits is None else row < col)).astype(F32)
     if bits is not None:
-        later[...] = (col > row).astype(F32).astype(later.dtype)[:, :C]
         first, last, ones = (row, row, (-1, -1)) if bits.shape[1] == C else (2 * row, 2 * row + 1, (0xFFFF, -0x10000))
         for i, h in enumerate(levels_of(C)):
             word = [jnp.where((r ^ col) // h == 1, one, 0) for r, one in zip((first, last), ones)]

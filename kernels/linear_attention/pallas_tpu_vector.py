@@ -4,7 +4,8 @@ Exact for any gate: exponents above zero, and quotients of gates, are never form
 recursively; where a query in an upper half meets a key in the lower half, both carry products of gates up to the
 boundary between them. The products are built bottom up, one multiplication a level, from one exponential an element;
 zero (a gate of minus infinity, a document's first token) is a value like any other. Every level is one matrix product
-with a mask; from 8 tokens on only the rows of upper halves are multiplied.
+with a mask; from 8 tokens on only the rows of upper halves are multiplied. Chunks whose gates are mild need none of
+this: pallas_tpu_mild takes them in one product.
 
 The gradient of the log gates sums, for each token, what the pairs across it contribute: sum over later queries of
 q dq minus sum over later keys of k dk. Pairs on one side of the token drop out of the difference exactly, since both
@@ -21,9 +22,11 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
+from linscale.kernels.linear_attention import pallas_tpu_mild as mild
 from linscale.kernels.linear_attention.pallas_tpu_levels import (
     TILE,
     add_to_half,
+    fill_later,
     fill_tables,
     gate_products,
     halves,
@@ -51,7 +54,6 @@ from linscale.kernels.linear_attention.pallas_tpu_products import (
 from linscale.kernels.linear_attention.pallas_tpu_scalar import UNROLLED, Plan, call, in_turn
 
 FORGET = -16384.0  # log of a gate of zero; a power of two, exact in bfloat16
-STARTS = 4  # row of the documents' array: 1 where a document begins
 
 
 def weighted(q, k, weight, h, dtype):
@@ -182,7 +184,7 @@ def walk_back(q, k, v, d_out, a, state, d_after, masks, bits, heads):
 
 
 def _starts(docs_ref, c, C):
-    return None if docs_ref is None else docs_ref[0, c].T[:C, STARTS : STARTS + 1]
+    return None if docs_ref is None else docs_ref[0, c].T[:C, mild.STARTS : mild.STARTS + 1]
 
 
 def forward(plan: Plan, q, k, v, log_decay, initial, docs, *, save: bool):
@@ -192,6 +194,7 @@ def forward(plan: Plan, q, k, v, log_decay, initial, docs, *, save: bool):
     """
     batch, padded, width = q.shape
     columns, dtype, C, heads = plan.columns, q.dtype, plan.chunk, plan.heads
+    exact = dtype in (F32, log_decay.dtype)
 
     def body(*refs):
         refs = list(refs)
@@ -202,28 +205,45 @@ def forward(plan: Plan, q, k, v, log_decay, initial, docs, *, save: bool):
         docs_ref = refs.pop(0) if docs is not None else None
         out_ref, final_ref = refs.pop(0), refs.pop(0)
         saved_ref = refs.pop(0) if save else None
-        state, masks = refs
+        state, masks, later, *told = refs
         t = pl.program_id(2)
 
         @pl.when(t == 0)
         def _():
             state[...] = jnp.zeros_like(state) if initial_ref is None else initial_ref[0]
             fill_tables(C, heads, masks)
+            fill_later(later)
+            mild.fill_table(told, C, heads)
 
         if save:
             saved_ref[0, :, 0] = state[...]
 
+        if told:
+            mild.tell(told, g_ref, docs_ref, 0, C)
+
         def chunk(c, _):
             rows = pl.ds(pl.multiple_of(c * C, C), C)
-            starts = _starts(docs_ref, c, C)
 
-            def column(w):
-                at = (0, rows, pl.ds(w * LANES, LANES))
-                _, a, _, keys = gates_and_keys(g_ref[at], None if k is None else k_ref[at], starts)
-                out, state[w] = yield from walk(q_ref[at].astype(F32), keys, v_ref[at], a, state[w], masks, heads)
-                out_ref[at] = out.astype(dtype)
+            def run(gentle):
+                starts = None if gentle else _starts(docs_ref, c, C)  # a mild chunk has none
 
-            in_turn(column, columns, 1 if heads == 1 else columns)
+                def column(w):
+                    at = (0, rows, pl.ds(w * LANES, LANES))
+                    g, a, _, keys = gates_and_keys(g_ref[at], None if k is None else k_ref[at], starts)
+                    q, v = q_ref[at].astype(F32), v_ref[at]
+                    if gentle:
+                        out, state[w] = yield from mild.walk(
+                            q, keys, v, g, state[w], later[...], told[1], heads, not exact
+                        )
+                    else:
+                        out, state[w] = yield from walk(q, keys, v, a, state[w], masks, heads)
+                    out_ref[at] = out.astype(dtype)
+
+                if told:  # the next chunk's kind: here its wait is covered by products
+                    mild.tell(told, g_ref, docs_ref, jnp.minimum(c + 1, plan.chunks - 1), C)
+                in_turn(column, columns, 1 if heads == 1 and not gentle else columns)
+
+            mild.either(told, c, run)
             return 0
 
         lax.fori_loop(0, plan.chunks, chunk, 0)
@@ -240,6 +260,7 @@ def forward(plan: Plan, q, k, v, log_decay, initial, docs, *, save: bool):
     outputs = [("tokens", q.shape, dtype), ("state", one, F32)]
     outputs += [("states", (*one[:2], padded // plan.block, *one[2:]), F32)] * save
     scratch = [pltpu.VMEM((columns, *one[2:]), F32), *table_shapes(C, heads, dtype, backward=False)]
+    scratch += mild.table_shapes(C, heads, plan.chunks, dtype)
     out, final, *saved = call(
         plan, columns, body, inputs, outputs, scratch, q, reverse=False, name="linear_attention_forward"
     )
@@ -263,19 +284,23 @@ def backward(plan: Plan, q, k, v, log_decay, docs, saved, d_out, d_final):
         dq_ref, dv_ref, dg_ref = refs[:3]
         del refs[:3]
         dk_ref = None if tied else refs.pop(0)
-        d_initial_ref, d_state, state, states, masks, bits, later = refs
+        d_initial_ref, d_state, state, states, masks, later, bits, *told = refs
         step = pl.program_id(2)
 
         @pl.when(step == 0)
         def _():
             d_state[...] = jnp.zeros_like(d_state) if d_final_ref is None else d_final_ref[0]
-            fill_tables(C, heads, masks, bits, later)
+            fill_tables(C, heads, masks, bits)
+            fill_later(later)
+            mild.fill_table(told, C, heads)
 
         state[...] = saved_ref[0, :, 0]
+        for c in range(plan.chunks) if told else ():
+            mild.tell(told, g_ref, docs_ref, c, C)
 
-        def load(c, w):
+        def load(c, w, gentle=False):
             at = (0, pl.ds(pl.multiple_of(c * C, C), C), pl.ds(w * LANES, LANES))
-            starts = _starts(docs_ref, c, C)
+            starts = None if gentle else _starts(docs_ref, c, C)  # a mild chunk has none
             return at, starts, gates_and_keys(g_ref[at], None if tied else k_ref[at], starts)
 
         def onward(c, _):
@@ -294,21 +319,29 @@ def backward(plan: Plan, q, k, v, log_decay, docs, saved, d_out, d_final):
         def back(i, _):
             c = plan.chunks - 1 - i
 
-            def column(w):
-                at, starts, (_, a, derivative, keys) = load(c, w)
-                q, v, d_out = q_ref[at].astype(F32), v_ref[at], d_out_ref[at]
-                dq, dk, dv, dg, d_state[w] = yield from walk_back(
-                    q, keys, v, d_out, a, states[w, c], d_state[w], masks, bits, heads
-                )
-                if starts is not None:
-                    dg = jnp.where(starts > 0.0, 0.0, dg)
-                if tied:
-                    dg = dg - dk * derivative
-                else:
-                    dk_ref[at] = dk.astype(dtype)
-                dq_ref[at], dv_ref[at], dg_ref[at] = dq.astype(dtype), dv.astype(dtype), dg.astype(dg_ref.dtype)
+            def run(gentle):
+                def column(w):
+                    at, starts, (g, a, derivative, keys) = load(c, w, gentle)
+                    q, v, d_out = q_ref[at].astype(F32), v_ref[at], d_out_ref[at]
+                    before, after = states[w, c], d_state[w]
+                    if gentle:
+                        walked = mild.walk_back(
+                            q, keys, v, d_out, g, before, after, later[...], told[1], heads, not exact
+                        )
+                    else:
+                        walked = walk_back(q, keys, v, d_out, a, before, after, masks, bits, heads)
+                    dq, dk, dv, dg, d_state[w] = yield from walked
+                    if starts is not None:
+                        dg = jnp.where(starts > 0.0, 0.0, dg)
+                    if tied:
+                        dg = dg - dk * derivative
+                    else:
+                        dk_ref[at] = dk.astype(dtype)
+                    dq_ref[at], dv_ref[at], dg_ref[at] = dq.astype(dtype), dv.astype(dtype), dg.astype(dg_ref.dtype)
 
-            in_turn(column, columns, heads)
+                in_turn(column, columns, columns if gentle else heads)
+
+            mild.either(told, c, run)
             return 0
 
         lax.fori_loop(0, plan.chunks, onward, 0, unroll=plan.chunks <= UNROLLED)
@@ -332,6 +365,7 @@ def backward(plan: Plan, q, k, v, log_decay, docs, saved, d_out, d_final):
         small,
         pltpu.VMEM((columns, plan.chunks, *one[2:]), dtype),
         *table_shapes(C, heads, dtype, backward=True),
+        *mild.table_shapes(C, heads, plan.chunks, dtype),
     ]
     dq, dv, dg, *dk, d_initial = call(
         plan, columns, body, inputs, outputs, scratch, q, reverse=True, name="linear_attention_backward"

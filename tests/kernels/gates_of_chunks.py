@@ -1,11 +1,13 @@
-"""Log decays per token and channel whose every chunk of 64 tokens is of a chosen kind, for the Hopper kernels' choice."""
+"""Log decays per token and channel whose every chunk is of a chosen kind, for kernels that choose by them.
+
+Chunks of 64 tokens and the floor of their sums are the Hopper kernels', unless said otherwise.
+"""
 
 import jax.numpy as jnp
 import numpy as np
 
 CHUNK = 64
 FLOOR = -60.0  # the least sum of a mild chunk
-EACH = FLOOR / CHUNK  # exact in bfloat16, as are its sums
 KINDS = {
     "m": "mild",
     "s": "strong in every channel",
@@ -14,24 +16,28 @@ KINDS = {
     "f": "at the floor: mild",
     "b": "below the floor by a sixteenth in one channel: strong",
     "z": "zero",
+    "w": "weak: what is read of the chunk before counts",
+    "j": "weak but for one closed gate in the last channel",
 }
 
 
-def draw(kinds, shape, seed):
-    """[B,T,H,K] float64 of bfloat16 values; T may end inside the last chunk."""
+def draw(kinds, shape, seed, chunk=CHUNK, floor=FLOOR):
+    """[B,T,H,K] float64 of bfloat16 values; T may end inside the last chunk; floor / chunk is exact in bfloat16."""
     batch, tokens, heads, channels = shape
     rng = np.random.default_rng(seed)
     chunks = []
     for kind in kinds:
-        x = -0.9 * rng.random((batch, CHUNK, heads, channels))
+        x = -0.9 * rng.random((batch, chunk, heads, channels))
+        if kind in "wj":
+            x = x / 64
         if kind == "s":
             x = 4.0 * x
         elif kind == "c":
             x[..., 0] -= 3.0
-        elif kind == "i":
+        elif kind in "ij":
             x[:, 30, :, -1] = -np.inf
         elif kind in "fb":
-            x[:] = EACH
+            x[:] = floor / chunk
             x[:, 40, :, channels // 2] -= 1 / 16 if kind == "b" else 0.0
         elif kind == "z":
             x[:] = 0.0
@@ -44,8 +50,8 @@ def documents(tokens, *firsts):
     return np.stack([np.cumsum(np.isin(np.arange(tokens), first)) for first in firsts])
 
 
-def mild(log_decay, ids=None):
-    """[B,chunks,H,K] bool: whether a chunk's sum is at least FLOOR and no document begins in it (ids [B,T] or None).
+def mild(log_decay, ids=None, chunk=CHUNK, floor=FLOOR):
+    """[B,chunks,H,K] bool: whether a chunk's sum is at least the floor and no document begins in it (ids [B,T] or None).
 
     Tokens past the end count as zero. The first token of all begins no document.
     """
@@ -54,5 +60,5 @@ def mild(log_decay, ids=None):
     if ids is not None:
         begins = np.pad(ids[:, 1:] != ids[:, :-1], [(0, 0), (1, 0)])
         x = np.where(begins[..., None, None], -np.inf, x)
-    x = np.pad(x, [(0, 0), (0, -tokens % CHUNK), (0, 0), (0, 0)])
-    return x.reshape(batch, -1, CHUNK, heads, channels).sum(2) >= FLOOR
+    x = np.pad(x, [(0, 0), (0, -tokens % chunk), (0, 0), (0, 0)])
+    return x.reshape(batch, -1, chunk, heads, channels).sum(2) >= floor

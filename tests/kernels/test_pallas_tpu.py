@@ -5,6 +5,7 @@ pytest -m slow tests/kernels/test_pallas_tpu.py          the whole shared class,
 pytest -m tpu_compile tests/kernels/test_pallas_tpu.py   needs libtpu (the extra "tpu"), no TPU
 """
 
+import gates_of_chunks
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -14,7 +15,7 @@ from jax.experimental import topologies
 from jax.experimental.pallas import tpu as pltpu
 
 from linscale.kernels import Axes, linear_attention
-from linscale.kernels.linear_attention import pallas_tpu
+from linscale.kernels.linear_attention import pallas_tpu, pallas_tpu_mild
 
 GENERATIONS = {"v4": "v4:2x2x1", "v5e": "v5e:2x2", "v5p": "v5p:2x2x1", "v6e": "v6e:2x2", "tpu7x": "tpu7x:2x2x1"}
 KINDS = ("none", "scalar", "phase", "vector/1")  # one per kernel, in the budget
@@ -47,6 +48,41 @@ def test_bfloat16_of_128_channels(interpreted, monkeypatch, kind):
         monkeypatch.setattr(shared, name, size)
     arrays, ids = shared.draw(2, 130, kind, state=False, segments=True, tied_key=kind == "vector/0.1")
     shared.compare("pallas_tpu", arrays, ids, 5e-3, dtype=jnp.bfloat16)
+
+
+def compare_chunks(monkeypatch, kinds, channels, tied, gates, start=None):
+    """Chunks of the kinds of gates_of_chunks, the last cut short; start: where a second document begins."""
+    for name, size in {"BATCH": 1, "HEADS": 2, "KEY": channels, "VALUE": channels}.items():
+        monkeypatch.setattr(shared, name, size)
+    chunk = channels  # one head of 128 channels, or two of 64 in chunks half as long
+    tokens = len(kinds) * chunk - 5
+    floor = pallas_tpu_mild.FLOOR
+    decay = gates_of_chunks.draw(kinds, (1, tokens, 2, channels), 3, chunk, 2 * floor)
+    halves = gates_of_chunks.mild(decay, chunk=chunk // 2, floor=floor).all((0, 2, 3)).reshape(-1, 2)
+    assert "".join("m" if both else "s" for both in halves.all(1)) == "".join(
+        "m" if k in "mfzw" else "s" for k in kinds
+    )
+    arrays, _ = shared.draw(3, tokens, "none", tied_key=tied)
+    ids = None if start is None else (np.arange(tokens) >= start)[None].astype(np.int32)
+    return shared.compare("pallas_tpu", arrays | {"log_decay": decay}, ids, 5e-3, dtype=jnp.bfloat16, gates=gates)
+
+
+def test_mild_and_strong_chunks(interpreted, monkeypatch):
+    """Chunks in one product and chunks halved hand the state and its gradient to one another, through weak gates.
+
+    The second is halved since a document begins in it, the third since a gate is closed.
+    """
+    compare_chunks(monkeypatch, "wwjww", 64, False, jnp.bfloat16, start=64 + 9)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("gates", (jnp.float32, jnp.bfloat16))
+@pytest.mark.parametrize("tied", (False, True))
+@pytest.mark.parametrize("channels", (64, 128))
+@pytest.mark.parametrize("kinds", ("mbfz", "fmfcm"))
+def test_chunks_at_the_floor(interpreted, monkeypatch, kinds, channels, tied, gates):
+    """The largest and the least weights that one product may have, and more blocks than one of 128 channels."""
+    compare_chunks(monkeypatch, kinds, channels, tied, gates)
 
 
 @pytest.mark.slow
