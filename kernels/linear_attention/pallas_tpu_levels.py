@@ -37,8 +37,7 @@ def fill_later(later):
 
 def fill_tables(C, heads, masks, bits=None):
     """masks: which pairs meet at each level, those of a block of 2h tokens that are in different halves: [query, key],
-    and with `bits`, [key, query]. bits: the same in both orders, as words that hold one or two rows. later [t,s]: whether
-    s is after t."""
+    and with `bits`, [key, query]. bits: the same in both orders, as words that hold one or two rows."""
     row, col = places(C, heads)
     for i, h in enumerate(levels_of(C)):
         meet = (row ^ col) // h == 1
