@@ -134,7 +134,7 @@ def test_task_law_recovers_a_planted_curve(form, sign):
     if form == "sigmoid" and sign < 0:
         planted = (0.85, -0.6, 4.0, 2.8)
     y = tasks.curve(form, np.array(planted), runs.loss)
-    first = parametric.fit("chinchilla", runs, resamples=150)  # as many as starts: one program
+    first = parametric.fit("chinchilla", runs, resamples=100)
     exact = tasks.fit("x", form, y, first, resamples=0)
     np.testing.assert_allclose(exact.values, planted, rtol=2e-2)
     np.testing.assert_allclose(exact(runs.loss), y, atol=1e-5)
