@@ -13,6 +13,7 @@ from hopper_tests import hopper, lowers
 
 from linscale.kernels import Axes, linear_attention
 from linscale.kernels.linear_attention import pallas_gpu
+from linscale.kernels.linear_attention.pallas_gpu_blocks import Blocks
 
 EVERY = ("none", "scalar", "phase", "vector", "tied")
 # "none" is "scalar" without its decay, "tied" is "vector" without k
@@ -172,6 +173,15 @@ def test_spans_are_chosen_for_the_card_and_the_channels():
     h100, h200 = "NVIDIA H100 80GB HBM3", "NVIDIA H200"
     assert [pallas_gpu.choose_spans("scalar", 64, 16384, card=card) for card in (h100, h200)] == [1, 2]
     assert [pallas_gpu.choose_spans("scalar", 64, 1024, channels, h200) for channels in (64, 128)] == [2, 1]
+
+
+@pytest.mark.parametrize(
+    ("shape", "streams"),
+    [((8, 8192, 16, 128), True), ((4, 2048, 16, 128), False), ((8, 2048, 16, 64), False), ((8, 2048, 32, 256), False)],
+)
+def test_no_decay_is_weighted_where_all_multiprocessors_stream(shape, streams):
+    q = jax.ShapeDtypeStruct(shape, jnp.bfloat16)
+    assert pallas_gpu._streams(q, Blocks.of(shape[-1], shape[-1])) == streams
 
 
 @pytest.mark.skipif(pallas_gpu.on_hopper(), reason="served here")

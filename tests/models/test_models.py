@@ -99,12 +99,12 @@ class TestEveryArchitecture:
         np.testing.assert_array_equal(all_logits(model, params, changed, ids)[0][:, 8:], packed[:, 8:])
 
     def test_first_loss_is_log_vocabulary(self, arch):
-        """For one architecture also at the width where wrongly scaled logits take the loss far off."""
+        """For one architecture also at the width and vocabulary where wrongly scaled logits take the loss far off."""
         model = small(arch)
         (nll, weight), _ = loss_and_gradients(model)(parameters(small(arch, init_std=0.02)))
         assert abs(nll / weight / np.log(model.vocab_size) - 1) < 0.05
         if arch == "llama":
-            model = small(arch, init_std=0.02, layers=1, width=512, heads=4, ffn=512, vocab_size=2000)
+            model = small(arch, init_std=0.02, layers=1, width=512, heads=4, ffn=512, vocab_size=100_280)
             nll, weight = jax.jit(functools.partial(models.loss, model))(models.init(model, 0), batch_of(model, 2, 64))
             assert abs(nll / weight / np.log(model.vocab_size) - 1) < 0.05
 
